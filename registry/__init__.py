@@ -1,0 +1,32 @@
+"""An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run` and the contract for plugins.
+
+Names are resolved on first use, so that `import registry` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "registry.contract": (
+        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec Training TrainingData TrainingHook "
+        "register_model"
+    ),
+    "registry.errors": "BenchmarkError InputError RunFailed",
+    "registry.benchmark": "Result run",
+    "registry.data.text": "TextEncoder find_text_encoder",
+    "registry.runs": "Run load_run",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'registry' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,254 @@
+"""Everything a plugin author must know: what a model gets, what it returns, and how it is described.
+
+A model is an `nn.Module` with `forward(batch: Batch) -> FusionOutput` and `feature_dims: dict[str, int]`;
+it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. B is the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from registry.data.text import TextEncoder
+
+TASK_NAMES = {"M": "fusion", "T": "text", "A": "audio", "V": "vision"}
+"""The field's one-letter tasks and the names under which models return their features."""
+
+
+class Config(BaseModel):
+    """Base of every config: unknown keys are errors, types are strict, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Training(Config):
+    """How a model is trained; every field is a config key of every model."""
+
+    criterion: Literal["l1", "mse"] = Field("l1", description="loss between prediction and multimodal label")
+    batch_size: int = Field(32, ge=1, description="clips in a micro-batch; a loss is a mean over one")
+    update_epochs: int = Field(1, ge=1, description="micro-batches whose gradients are summed before one update")
+    clip_value: float | None = Field(None, gt=0, description="gradients are clipped to this absolute value")
+    scheduler: Literal["none", "plateau"] = Field("none", description="halve the learning rate when the validation MAE stalls for half of early_stop, or not")
+    early_stop: int = Field(8, ge=1, description="epochs without a better validation MAE before training ends")
+    epochs: int | None = Field(None, ge=1, description="most epochs to train; no cap by default")
+    tail: Literal["step", "drop"] = Field("step", description="update on an epoch's incomplete last group, or drop it")
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model may know of the data before it is built.
+
+    `dims` maps each modality to its feature width, `max_lengths` to the file's sequence length;
+    `tasks` are the labels the train split has (`"M"`, and `"T" "A" "V"` where known).
+    """
+
+    name: str
+    dims: Mapping[str, int]
+    max_lengths: Mapping[str, int]
+    n_train: int
+    label_range: float
+    tasks: tuple[str, ...]
+    aligned: bool
+    text_encoder: TextEncoder | None
+
+
+class _Rows:
+    """Indexing by row for a dataclass of tensors and dicts of tensors."""
+
+    def __getitem__(self, rows: slice | Tensor) -> Any:
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.dim() else value
+            return {k: pick(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Batch(_Rows):
+    """Some clips of one split, padded to the longest of them; a modality that the data lacks is None.
+
+    Outside training `labels` is empty and `index` is -1, so that a model cannot peek.
+    """
+
+    index: Tensor
+    """(B) row in the train split"""
+    text_ids: Tensor | None = None
+    """(B, L) token ids"""
+    text_mask: Tensor | None = None
+    """(B, L) 1 at real tokens, 0 at padding"""
+    text_segments: Tensor | None = None
+    """(B, L)"""
+    text: Tensor | None = None
+    """(B, L, d) precomputed text features, for models that need `"text_features"`"""
+    audio: Tensor | None = None
+    """(B, La, da)"""
+    audio_lengths: Tensor | None = None
+    """(B) 1…La"""
+    vision: Tensor | None = None
+    """(B, Lv, dv)"""
+    vision_lengths: Tensor | None = None
+    """(B) 1…Lv"""
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    """`"M"` and, where known, `"T" "A" "V"`: (B) each"""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class FusionOutput(_Rows):
+    """What a model returns."""
+
+    prediction: Tensor
+    """(B) multimodal sentiment"""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """(B, d) each: per modality the encoder's output, and "fusion", the first layer of the fusion head"""
+    unimodal: dict[str, Tensor] = field(default_factory=dict)
+    """(B) each: unimodal sentiment, where the model predicts it itself"""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """scalars that are added to the training loss"""
+
+    @staticmethod
+    def concatenate(parts: Sequence[FusionOutput]) -> FusionOutput:
+        """Join outputs along the batch; `losses` are batch-level and do not survive it."""
+        return FusionOutput(
+            prediction=torch.cat([p.prediction for p in parts]),
+            features={k: torch.cat([p.features[k] for p in parts]) for k in parts[0].features},
+            unimodal={k: torch.cat([p.unimodal[k] for p in parts]) for k in parts[0].unimodal},
+        )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a hook may know of the train split."""
+
+    labels: Mapping[str, Tensor]
+    """(N) each: `"M"` and, where known, `"T" "A" "V"`"""
+    info: DataInfo
+
+
+class TrainingHook(nn.Module):
+    """Adds a loss to any model's training and watches it; every method may be left out.
+
+    Parameters join the optimiser, in the group that the model's `parameter_groups` lists last;
+    buffers are saved with the best weights. `loss` and `observe` see one micro-batch at a time.
+    """
+
+    def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
+        """Return a scalar, a mean over the micro-batch, that is added to the training loss."""
+        return output.prediction.new_zeros(())
+
+    def observe(self, output: FusionOutput, batch: Batch, epoch: int) -> None:
+        """Look at a micro-batch after its backward pass; `epoch` counts from 1."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Called when an epoch's last update is done."""
+
+    def artifacts(self) -> dict[str, dict[str, Sequence[Any]]]:
+        """Return tables `{name: {column: values}}` to save with the run as `NAME.csv`.
+
+        A column `index` (train rows) is written as the clips' ids; tables of at most ten rows are also printed.
+        """
+        return {}
+
+
+Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""`{preset: {dataset: {config key: value}}}`; the first preset is the default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model as the registry sees it.
+
+    Args:
+        name: what users type after `--model`.
+        summary: one line for `benchmark list`.
+        build: `build(config, data: DataInfo) -> nn.Module`; `config` also has the fields of `Training`.
+        config: the model's own keys.
+        presets: published hyper-parameters by preset and dataset.
+        training: defaults of the training loop.
+        hooks: names of hooks the model is always trained with.
+        hook_config: `hook_config(config) -> dict` of `hook.…` defaults derived from the model's own keys.
+        needs: what the data must have: modalities, `"text_features"`, `"alignment"`, or tasks such as `"T"`.
+        per_sample: no batch statistics and no clipping inside a group: a group may run as one forward.
+        import_checkpoint: `import_checkpoint(state)` translates a foreign state dict into a dict of `"config"` (keys
+            read off its shapes), `"dims"` (feature widths), `"model"` and `"hooks"` (state dicts, hooks by name).
+        version: part of a run's identity; raise it when the same config starts to mean another model.
+    """
+
+    name: str
+    summary: str
+    build: Callable[..., nn.Module]
+    config: type[Config] = Config
+    presets: Presets = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+    hooks: tuple[str, ...] = ()
+    hook_config: Callable[[Any], dict[str, Any]] | None = None
+    needs: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    per_sample: bool = False
+    import_checkpoint: Callable[..., Any] | None = None
+    citation: str = ""
+    url: str = ""
+    version: str = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookSpec:
+    """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`."""
+
+    name: str
+    summary: str
+    build: Callable[..., TrainingHook]
+    config: type[Config] = Config
+    citation: str = ""
+    url: str = ""
+    version: str = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A dataset's facts; its sizes come from the file.
+
+    Args:
+        label_range: labels lie in ±this.
+        metrics: which family of `registry.metrics.regression`.
+        text_encoder: the default for `--text-encoder`; None where the user must choose.
+        splits: published sizes, for `benchmark list`.
+        sha256: known files by name.
+        presets_of: the dataset whose published hyper-parameters are used; its own by default.
+        generate: makes the data, for a dataset that needs no file.
+        epochs: most epochs where the user sets none.
+    """
+
+    name: str
+    summary: str
+    language: str
+    label_range: float
+    metrics: Literal["mosi", "sims"]
+    text_encoder: str | None = None
+    splits: Mapping[str, int] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    presets_of: str | None = None
+    generate: Callable[[], Any] | None = None
+    epochs: int | None = None
+    url: str = ""
+
+
+def register_model(name: str, *, summary: str = "", **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Describe a class `Model(config, data)` as a model: `@register_model("name", summary=…)`; options as `ModelSpec`.
+
+    The class is found by its module's entry point in `mmsa.models` or by `--plugin FILE.py`.
+    """
+
+    def decorate(model: type[nn.Module]) -> type[nn.Module]:
+        model.spec = ModelSpec(name=name, summary=summary, build=model, **options)  # type: ignore[attr-defined]
+        return model
+
+    return decorate

@@ -1,0 +1,30 @@
+"""The errors that users see: one sentence each, and the exit code the command line gives them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BenchmarkError(Exception):
+    """Something the user can act on; the message is one sentence saying what, got, allowed and what to do."""
+
+    exit_code = 1
+
+
+class InputError(BenchmarkError):
+    """Bad input: an unknown name, a wrong config key, a broken file."""
+
+    exit_code = 2
+
+
+class RunFailed(BenchmarkError):
+    """A training run that produced no usable model."""
+
+
+def unknown(kind: str, name: str, available: Iterable[str]) -> str:
+    """Return `unknown model 'tfm', did you mean 'tfn'? (available: lmf, tfn)`."""
+    names = sorted(available)
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {name!r}{hint} (available: {', '.join(names) or 'none'})"

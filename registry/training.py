@@ -1,0 +1,195 @@
+"""The one training loop: every model, with any hooks, is trained by `train`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+
+from .contract import FusionOutput, Training, TrainingHook
+from .data.batches import Group, Split, forward, groups, predict
+from .errors import RunFailed
+
+BETTER_BY = 1e-6
+"""A validation MAE must fall by this much to count as better (upstream's threshold)."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of a run's history; MAE in label units, time in seconds."""
+
+    epoch: int
+    train_loss: float
+    valid_mae: float
+    best: bool
+    train_seconds: float
+    valid_seconds: float
+
+
+@dataclass
+class Watcher:
+    """What a run tells while it goes on; replace either function."""
+
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
+    on_epoch: Callable[[Epoch], None] = lambda record: None
+
+
+@dataclass
+class Outcome:
+    """A finished training: the model and the hooks hold the best epoch's weights."""
+
+    best_epoch: int
+    history: list[Epoch] = field(default_factory=list)
+
+
+def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any) -> torch.optim.Adam:
+    """Adam with coupled L2 over the model's groups; the hooks' parameters join the last group."""
+    if hasattr(model, "parameter_groups"):
+        param_groups = [dict(group) for group in model.parameter_groups(config)]
+    else:
+        rates = {"lr": getattr(config, "learning_rate", 1e-3), "weight_decay": getattr(config, "weight_decay", 0.0)}
+        param_groups = [{"params": list(model.parameters()), **rates}]
+    param_groups[-1]["params"] = [*param_groups[-1]["params"], *(p for hook in hooks for p in hook.parameters())]
+    for group in param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    return torch.optim.Adam([group for group in param_groups if group["params"]], fused=True)
+
+
+def train(
+    model: nn.Module,
+    hooks: Mapping[str, TrainingHook],
+    config: Training,
+    splits: Mapping[str, Split],
+    *,
+    per_sample: bool,
+    generator: torch.Generator,
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Train until the validation MAE has not improved for `config.early_stop` epochs, and keep the best weights.
+
+    Args:
+        model, hooks: on the device of the splits.
+        config: the model's config, which has the fields of `Training`.
+        splits: "train" and "valid".
+        per_sample: whether a group may run as one forward.
+        generator: shuffles the train split.
+        watcher: is told of steps and epochs.
+
+    Raises:
+        RunFailed: a loss or the validation MAE is not finite.
+    """
+    watcher = watcher or Watcher()
+    optimizer = make_optimizer(model, list(hooks.values()), config)
+    scheduler = None
+    if config.scheduler == "plateau":
+        patience = config.early_stop // 2
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)
+    step_of_group = _Step(model, list(hooks.values()), config, splits["train"], optimizer, per_sample)
+    truth = splits["valid"].labels["M"]
+    outcome = Outcome(best_epoch=0)
+    best_mae, best_weights = math.inf, {}
+    modules = {"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}}
+    epoch = 0
+    while epoch < (config.epochs or math.inf) and epoch - outcome.best_epoch < config.early_stop:
+        epoch += 1
+        started = time.perf_counter()
+        for module in modules.values():
+            module.train()
+        epoch_groups = list(
+            groups(len(splits["train"]), config.batch_size, config.update_epochs, config.tail, generator)
+        )
+        total = torch.zeros((), device=truth.device)
+        for number, group in enumerate(epoch_groups, 1):
+            total += step_of_group(group, epoch)
+            watcher.on_step(epoch, number, len(epoch_groups))
+        for hook in hooks.values():
+            hook.end_epoch(epoch)
+        train_loss = float(total) / sum(len(group.micro_batches) for group in epoch_groups)
+        trained = time.perf_counter()
+        valid_mae = float((predict(model, splits["valid"]) - truth).abs().double().mean())
+        if not (math.isfinite(train_loss) and math.isfinite(valid_mae)):
+            raise RunFailed(f"epoch {epoch} ended with train loss {train_loss} and validation MAE {valid_mae}")
+        if scheduler is not None:
+            scheduler.step(valid_mae)
+        better = valid_mae <= best_mae - BETTER_BY
+        if better:
+            best_mae, outcome.best_epoch = valid_mae, epoch
+            best_weights = {name: _copy(module.state_dict()) for name, module in modules.items()}
+        validated = time.perf_counter()
+        record = Epoch(epoch, train_loss, valid_mae, better, trained - started, validated - trained)
+        outcome.history.append(record)
+        watcher.on_epoch(record)
+    for name, module in modules.items():
+        module.load_state_dict(best_weights[name])
+    return outcome
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@dataclass
+class _Step:
+    """One group: forward, loss, backward, hooks, update. Returns the sum of the micro-batches' losses."""
+
+    model: nn.Module
+    hooks: list[TrainingHook]
+    config: Training
+    split: Split
+    optimizer: torch.optim.Optimizer
+    per_sample: bool
+
+    def __call__(self, group: Group, epoch: int) -> Tensor:
+        self.optimizer.zero_grad()
+        with torch.set_grad_enabled(group.step):
+            total = self._whole(group, epoch) if self.per_sample else self._one_by_one(group, epoch)
+        if group.step:
+            if self.config.clip_value is not None:
+                parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+                nn.utils.clip_grad_value_(parameters, self.config.clip_value)
+            self.optimizer.step()
+        return total.detach()
+
+    def _whole(self, group: Group, epoch: int) -> Tensor:
+        """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""
+        rows = torch.cat(list(group.micro_batches))
+        # A CPU is bound by arithmetic, so padding costs; a GPU by launches, so chunks would.
+        chunk = len(rows) if self.split.device.type == "cuda" else self.config.batch_size
+        output = forward(self.model, self.split, rows, chunk)
+        sizes = [len(micro_batch) for micro_batch in group.micro_batches]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        parts = [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        batches = [self.split.batch(micro_batch) for micro_batch in group.micro_batches]
+        total = torch.stack([self._loss(*pair) for pair in zip(parts, batches, strict=True)]).sum()
+        if group.step:
+            total.backward()
+        for part, batch in zip(parts, batches, strict=True):
+            self._observe(part, batch, epoch)
+        return total
+
+    def _one_by_one(self, group: Group, epoch: int) -> Tensor:
+        total = torch.zeros((), device=self.split.device)
+        for micro_batch in group.micro_batches:
+            batch = self.split.batch(micro_batch)
+            output = self.model(batch)
+            loss = self._loss(output, batch)
+            if group.step:
+                loss.backward()
+            self._observe(output, batch, epoch)
+            total = total + loss.detach()
+        return total
+
+    def _loss(self, output: FusionOutput, batch: Any) -> Tensor:
+        criterion = l1_loss if self.config.criterion == "l1" else mse_loss
+        loss = criterion(output.prediction, batch.labels["M"])
+        return loss + sum(output.losses.values()) + sum(hook.loss(output, batch) for hook in self.hooks)
+
+    def _observe(self, output: FusionOutput, batch: Any, epoch: int) -> None:
+        for hook in self.hooks:
+            hook.observe(output, batch, epoch)

@@ -1,0 +1,214 @@
+"""Unimodal supervision for any fusion model: heads on its modality features, labels from ULGM.
+
+    supervision = UnimodalSupervision(train_labels, {"fusion": 64, "text": 300, "audio": 32}, label_range=3.0)
+    loss = criterion(prediction, target) + supervision.loss(features, index)
+    loss.backward()
+    supervision.observe(index, epoch)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from registry import Batch, Config, FusionOutput, InputError, TrainingData, TrainingHook
+
+from .heads import PredictionHead
+from .ulgm import Distance, UnimodalLabelGenerator
+
+TASKS = {"text": "T", "audio": "A", "vision": "V"}
+
+
+class UnimodalSupervision(nn.Module):
+    """A prediction head for each modality and a `UnimodalLabelGenerator` that supplies its labels.
+
+    Args:
+        labels: (N) human multimodal labels of the train split.
+        feature_dims: width of the features that `loss` gets: `"fusion"`, used as it is, and each modality.
+        label_range: generated labels are clamped to ±this.
+        head_dims: hidden width of each modality's head, one for all or by modality.
+        head_dropouts: dropout before each head, one for all or by modality.
+        exclude_zero, distance, known: as for `UnimodalLabelGenerator`.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        feature_dims: Mapping[str, int],
+        label_range: float,
+        *,
+        head_dims: int | Mapping[str, int] = 32,
+        head_dropouts: float | Mapping[str, float] = 0.0,
+        exclude_zero: bool = True,
+        distance: Literal["l2", "squared", "cosine"] | Distance = "l2",
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        modalities = [name for name in feature_dims if name != "fusion"]
+        dims = head_dims if isinstance(head_dims, Mapping) else dict.fromkeys(modalities, head_dims)
+        dropouts = head_dropouts if isinstance(head_dropouts, Mapping) else dict.fromkeys(modalities, head_dropouts)
+        for what, given in (("head_dims", dims), ("head_dropouts", dropouts)):
+            if missing := [name for name in modalities if name not in given]:
+                raise ValueError(f"{what} must name every modality, {', '.join(missing)} is missing")
+        self.heads = nn.ModuleDict({n: PredictionHead(feature_dims[n], dims[n], dropouts[n]) for n in modalities})
+        self.generator = UnimodalLabelGenerator(
+            labels,
+            {name: width if name == "fusion" else dims[name] for name, width in feature_dims.items()},
+            label_range,
+            exclude_zero=exclude_zero,
+            distance=distance,
+            known=known,
+        )
+        self._unobserved: deque[tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor] | None]] = deque()
+
+    def predict(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the unimodal sentiments (B) of features (B, d)."""
+        return {name: head(features[name])[0] for name, head in self.heads.items()}
+
+    def loss(
+        self, features: Mapping[str, Tensor], index: Tensor, mask: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the scalar Σ over modalities of mean(weight · |prediction − label|).
+
+        Args:
+            features: (B, d) by name, with gradients.
+            index: (B) rows in the train split.
+            mask: per modality (B), False where a clip lacks it: it adds no loss.
+        """
+        total = features["fusion"].new_zeros(())
+        representations = {"fusion": features["fusion"].detach()}
+        weights = self.generator.weights(index)
+        for name, head in self.heads.items():
+            prediction, representation = head(features[name])
+            error = weights[name] * (prediction - self.generator.labels[name][index]).abs()
+            total = total + (error * mask[name] if mask and name in mask else error).mean()
+            representations[name] = representation.detach()
+        if self.training:
+            self._unobserved.append((index, representations, mask))
+        return total
+
+    def observe(self, index: Tensor, epoch: int) -> None:
+        """Let the generator see a micro-batch that `loss` was called with; `epoch` counts from 1.
+
+        Call it once for every `loss` in training mode, in the same order, after the backward pass.
+
+        Raises:
+            RuntimeError: no `loss` with this index is waiting.
+        """
+        if not self._unobserved:
+            raise RuntimeError("observe(index, epoch) must follow loss(features, index) in training mode")
+        seen, representations, mask = self._unobserved.popleft()
+        # Comparing values would make a GPU wait, so there only the sizes are compared.
+        if len(seen) != len(index) or (index.device.type == "cpu" and not torch.equal(seen.cpu(), index)):
+            self._unobserved.clear()
+            raise RuntimeError("observe got another index than the loss before it; call them in the same order")
+        self.generator.update(representations, index, epoch, mask)
+
+
+class UlgmConfig(Config):
+    """Keys of the hook `ulgm`, given as `hook.KEY`."""
+
+    tasks: str | None = Field(None, description="losses to train: M and initials of modalities, MTAV; all by default")
+    supervision: Literal["self", "human"] = Field(
+        "self", description="unimodal labels: generated by ULGM, or the data's human ones"
+    )
+    exclude_zero: bool = Field(True, description="a label of 0 belongs to neither class; else it counts as positive")
+    distance: Literal["l2", "squared", "cosine"] = Field("l2", description="distance between features and class centre")
+    label_range: float | None = Field(None, gt=0, description="generated labels are clamped to ± this; the data's own")
+    head_dims: dict[str, int] = Field(
+        {"text": 32, "audio": 16, "vision": 32}, description="hidden width of each unimodal head"
+    )
+    head_dropouts: dict[str, float] = Field(
+        {"text": 0.1, "audio": 0.1, "vision": 0.0}, description="dropout before each unimodal head"
+    )
+
+
+class UlgmHook(TrainingHook):
+    """`UnimodalSupervision` as a training hook; it records every epoch's labels.
+
+    Raises:
+        InputError: `tasks` names a modality the model gives no features of, or human labels are asked for and absent.
+    """
+
+    def __init__(self, config: UlgmConfig, train: TrainingData, feature_dims: Mapping[str, int]) -> None:
+        super().__init__()
+        modalities = _modalities_of(config.tasks, feature_dims)
+        known = None
+        if config.supervision == "human":
+            if absent := [name for name in modalities if TASKS.get(name) not in train.labels]:
+                raise InputError(
+                    f"supervision='human' needs the data's own labels for {', '.join(absent)}, "
+                    f"and {train.info.name} has only {', '.join(sorted(train.labels))}"
+                )
+            known = {name: train.labels[TASKS[name]] for name in modalities}
+        self.human = {name: train.labels[TASKS[name]].cpu() for name in modalities if TASKS.get(name) in train.labels}
+        self.generates = known is None
+        self.supervision = UnimodalSupervision(
+            train.labels["M"],
+            {name: feature_dims[name] for name in ("fusion", *modalities)},
+            config.label_range or train.info.label_range,
+            head_dims={name: config.head_dims.get(name, 32) for name in modalities},
+            head_dropouts={name: config.head_dropouts.get(name, 0.0) for name in modalities},
+            exclude_zero=config.exclude_zero,
+            distance=config.distance,
+            known=known,
+        )
+        self.history: list[dict[str, Tensor]] = []
+
+    def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
+        return self.supervision.loss(output.features, batch.index)
+
+    def observe(self, output: FusionOutput, batch: Batch, epoch: int) -> None:
+        self.supervision.observe(batch.index, epoch)
+
+    def end_epoch(self, epoch: int) -> None:
+        self.history.append({name: values.cpu().clone() for name, values in self.supervision.generator.labels.items()})
+
+    def artifacts(self) -> dict[str, dict[str, Sequence[Any]]]:
+        """Return `labels`, every epoch's labels, and `label_agreement`, how they compare with true unimodal ones."""
+        tables: dict[str, dict[str, Sequence[Any]]] = {}
+        if self.history:
+            n = len(self.history[0]["fusion"])
+            tables["labels"] = {
+                "epoch": torch.arange(1, len(self.history) + 1).repeat_interleave(n).tolist(),
+                "index": torch.arange(n).repeat(len(self.history)).tolist(),
+                **{name: torch.cat([epoch[name] for epoch in self.history]).tolist() for name in self.history[0]},
+            }
+        if self.human and self.generates:
+            labels = {name: values.cpu() for name, values in self.supervision.generator.labels.items()}
+            multimodal = labels["fusion"]
+            tables["label_agreement"] = {
+                "modality": list(self.human),
+                "Corr generated": [_correlation(labels[m], true) for m, true in self.human.items()],
+                "Corr multimodal": [_correlation(multimodal, true) for m, true in self.human.items()],
+                "MAE generated": [float((labels[m] - true).abs().mean()) for m, true in self.human.items()],
+                "MAE multimodal": [float((multimodal - true).abs().mean()) for m, true in self.human.items()],
+            }
+        return tables
+
+
+def _modalities_of(tasks: str | None, feature_dims: Mapping[str, int]) -> list[str]:
+    modalities = [name for name in feature_dims if name != "fusion"]
+    if "fusion" not in feature_dims or not modalities:
+        raise InputError(
+            "the hook 'ulgm' needs a model that returns features named 'fusion' and one name for each modality "
+            f"(`feature_dims` and `FusionOutput.features`), this one gives {sorted(feature_dims) or 'none'}"
+        )
+    if tasks is None:
+        return modalities
+    initials = {TASKS.get(name, name[0].upper()): name for name in modalities}
+    wrong = [letter for letter in tasks if letter != "M" and letter not in initials]
+    if "M" not in tasks or wrong or len(set(tasks)) != len(tasks):
+        raise InputError(f"tasks must be M and any of {''.join(initials)}, each once, got {tasks!r}")
+    return [initials[letter] for letter in tasks if letter != "M"]
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    if a.std() == 0 or b.std() == 0:
+        return 0.0
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])

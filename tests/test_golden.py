@@ -1,0 +1,175 @@
+"""Upstream's trainer, written down step by step, against ours (tests/golden/, made with MMSA's SELF_MM)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from registry import Batch, DataInfo, FusionOutput, TextEncoder, Training, TrainingData, TrainingHook
+from registry.data.batches import Group, Split, forward
+from registry.data.feature_file import SplitArrays
+from registry.training import _Step, make_optimizer
+from selfmm_plugin.network import SelfMM, SelfMMConfig
+from selfmm_plugin.supervision import UlgmConfig, UlgmHook
+from selfmm_plugin.ulgm import UnimodalLabelGenerator
+from selfmm_plugin.upstream import network_from_state, translate
+
+FOLDER = Path(__file__).parent / "golden"
+TRACES = ["selfmm_unaligned", "selfmm_zero_counts_positive", "selfmm_dropped_tail"]
+TASKS = ("fusion", "text", "audio", "vision")
+KEYS = [
+    *(f"learning_rate_{part}" for part in ("bert", "audio", "video", "other")),
+    *(f"weight_decay_{part}" for part in ("bert", "audio", "video", "other")),
+    *(f"post_{part}_dim" for part in ("fusion", "text", "audio", "video")),
+    *(f"post_{part}_dropout" for part in ("fusion", "text", "audio", "video")),
+    *("a_lstm_hidden_size", "v_lstm_hidden_size", "audio_out", "video_out", "H", "excludeZero"),
+]
+
+
+class ModelConfig(SelfMMConfig, Training):
+    """Self-MM's keys and the training loop's, as the registry joins them."""
+
+
+class Trace:
+    """A golden file with what it takes to run it."""
+
+    def __init__(self, name: str) -> None:
+        self.arrays = np.load(FOLDER / f"{name}.npz")
+        self.meta = json.loads(bytes(self.arrays["meta"]))
+        self.text_config = json.loads(bytes(self.arrays["bert_config"]))
+        self.labels = torch.from_numpy(self.arrays["labels"])
+
+    def weights(self, prefix: str) -> dict[str, torch.Tensor]:
+        names = [name for name in self.arrays.files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): torch.from_numpy(self.arrays[name]) for name in names}
+
+    def config(self) -> ModelConfig:
+        training = {key: self.meta[key] for key in ("batch_size", "update_epochs")}
+        return ModelConfig(tail="drop", **training, **{key: self.meta[key] for key in KEYS})
+
+    def split(self, *, train: bool) -> Split:
+        arrays = SplitArrays(
+            ids=[str(i) for i in range(len(self.labels))],
+            labels={"M": self.arrays["labels"]},
+            audio=self.arrays["audio"],
+            audio_lengths=self.arrays["audio_lengths"],
+            vision=self.arrays["vision"],
+            vision_lengths=self.arrays["vision_lengths"],
+        )
+        return Split(arrays, self.arrays["text_bert"].astype(np.int64), torch.device("cpu"), train=train)
+
+    def build(self) -> tuple[SelfMM, UlgmHook, ModelConfig]:
+        config, start = self.config(), translate(self.weights("init/"))
+        encoder = TextEncoder.from_config(self.text_config)
+        data = DataInfo(
+            name="trace",
+            dims=start.dims,
+            max_lengths={},
+            n_train=len(self.labels),
+            label_range=self.meta["H"],
+            tasks=("M",),
+            aligned=False,
+            text_encoder=encoder,
+        )
+        model = SelfMM(config, data)
+        model.load_state_dict(start.network)
+        hook = UlgmHook(UlgmConfig(**config.hook_values()), TrainingData({"M": self.labels}, data), model.feature_dims)
+        hook.supervision.heads.load_state_dict(start.heads)
+        return model, hook, config
+
+    def groups(self, epoch: int) -> list[Group]:
+        micro = torch.from_numpy(self.arrays["order"][epoch]).long().split(self.meta["batch_size"])
+        size = self.meta["update_epochs"]
+        members = [micro[start : start + size] for start in range(0, len(micro), size)]
+        return [Group(m, step=len(m) == size) for m in members]
+
+
+class Recorder(TrainingHook):
+    """Compares every micro-batch with the trace; it comes after ULGM, and adds no loss."""
+
+    def __init__(self, trace: Trace, ulgm: UlgmHook) -> None:
+        super().__init__()
+        self.trace, self.ulgm, self.step, self.losses = trace, [ulgm], 0, 0
+
+    def loss(self, output: FusionOutput, batch: Batch) -> torch.Tensor:
+        supervision = self.ulgm[0].supervision
+        weights, labels = supervision.generator.weights(batch.index), supervision.generator.labels
+        predictions = {"fusion": output.prediction, **supervision.predict(output.features)}
+        expected = self.trace.arrays[f"step{self.losses:03}/pred_MTAV"]
+        for row, task in enumerate(TASKS):
+            prediction = predictions[task].detach()
+            np.testing.assert_allclose(prediction, expected[row], atol=1e-5)
+            weight = 1.0 if task == "fusion" else weights[task]
+            loss = (weight * (prediction - labels[task][batch.index]).abs()).mean()
+            assert float(loss) == pytest.approx(self.trace.arrays["loss_MTAV"][self.losses, row], abs=2e-5)
+        self.losses += 1
+        return super().loss(output, batch)
+
+    def observe(self, output: FusionOutput, batch: Batch, epoch: int) -> None:
+        generator = self.ulgm[0].supervision.generator
+        step = f"step{self.step:03}"
+        for task in TASKS:
+            stored = generator.memory[task].features[batch.index]
+            np.testing.assert_allclose(stored, self.trace.arrays[f"{step}/feature/{task}"], atol=1e-5)
+            np.testing.assert_allclose(generator.labels[task], self.trace.arrays[f"{step}/labels/{task}"], atol=2e-4)
+            for center, sign in zip(generator.centers[task], ("pos", "neg"), strict=True):
+                np.testing.assert_allclose(center, self.trace.arrays[f"{step}/center/{task}/{sign}"], atol=1e-5)
+        self.step += 1
+
+
+@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("per_sample", [True, False], ids=["whole groups", "micro-batches"])
+def test_training_follows_the_trace(name: str, per_sample: bool) -> None:
+    trace = Trace(name)
+    model, ulgm, config = trace.build()
+    recorder = Recorder(trace, ulgm)
+    optimizer = make_optimizer(model, [ulgm, recorder], config)
+    step = _Step(model, [ulgm, recorder], config, trace.split(train=True), optimizer, per_sample)
+    for epoch in range(1, trace.meta["epochs"] + 1):
+        model.train()
+        for group in trace.groups(epoch - 1):
+            step(group, epoch)
+        expected = translate(trace.weights(f"epoch{epoch}/params/"))
+        for state, wanted in ((model.state_dict(), expected.network), (ulgm.supervision.heads.state_dict(), expected.heads)):
+            assert state.keys() == wanted.keys()
+            for weight in state:
+                np.testing.assert_allclose(state[weight], wanted[weight], atol=1e-5, err_msg=f"{epoch} {weight}")
+    assert recorder.step == recorder.losses == len(trace.arrays["loss_MTAV"])
+
+    model.eval()
+    with torch.no_grad():
+        output = forward(model, trace.split(train=False), torch.arange(len(trace.labels)), chunk=7)
+        predictions = {"M": output.prediction, **ulgm.supervision.predict(output.features)}
+    for task, name in zip("MTAV", ("M", "text", "audio", "vision"), strict=True):
+        np.testing.assert_allclose(predictions[name], trace.arrays[f"final_eval/{task}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_generator_fed_with_the_trace_s_features(name: str) -> None:
+    trace = Trace(name)
+    dims = {task: trace.arrays[f"step000/feature/{task}"].shape[1] for task in TASKS}
+    generator = UnimodalLabelGenerator(trace.labels, dims, trace.meta["H"], exclude_zero=trace.meta["excludeZero"])
+    step = 0
+    for epoch, order in enumerate(trace.arrays["order"], 1):
+        for index in torch.from_numpy(order).long().split(trace.meta["batch_size"]):
+            features = {t: torch.from_numpy(trace.arrays[f"step{step:03}/feature/{t}"]) for t in TASKS}
+            generator.update(features, index, epoch)
+            for task in TASKS:
+                expected = trace.arrays[f"step{step:03}/labels/{task}"]
+                np.testing.assert_allclose(generator.labels[task], expected, atol=5e-5)
+            step += 1
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_network_from_upstream_weights_predicts_as_upstream(name: str) -> None:
+    trace = Trace(name)
+    state = trace.weights(f"epoch{trace.meta['epochs']}/params/")
+    for prefix in ("", "Model."):
+        network = network_from_state({prefix + key: value for key, value in state.items()}, trace.text_config).eval()
+        with torch.no_grad():
+            output = network(trace.split(train=False).batch(torch.arange(len(trace.labels))))
+        np.testing.assert_allclose(output.prediction, trace.arrays["final_eval/M"], atol=1e-5)
