@@ -34,7 +34,9 @@ class Training(Config):
     batch_size: int = Field(32, ge=1, description="clips in a micro-batch; a loss is a mean over one")
     update_epochs: int = Field(1, ge=1, description="micro-batches whose gradients are summed before one update")
     clip_value: float | None = Field(None, gt=0, description="gradients are clipped to this absolute value")
-    scheduler: Literal["none", "plateau"] = Field("none", description="halve the learning rate when the validation MAE stalls for half of early_stop, or not")
+    scheduler: Literal["none", "plateau"] = Field(
+        "none", description="plateau halves the learning rate when the validation MAE stalls"
+    )
     early_stop: int = Field(8, ge=1, description="epochs without a better validation MAE before training ends")
     epochs: int | None = Field(None, ge=1, description="most epochs to train; no cap by default")
     tail: Literal["step", "drop"] = Field("step", description="update on an epoch's incomplete last group, or drop it")

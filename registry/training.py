@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +31,27 @@ class Epoch:
     train_seconds: float
     valid_seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch:3d}  train loss {self.train_loss:.4f}  validation MAE {self.valid_mae:.4f}"
+            f"{' (best)' if self.best else ''}  {self.train_seconds:.1f} s + {self.valid_seconds:.1f} s"
+        )
 
-@dataclass
+
 class Watcher:
-    """What a run tells while it goes on; replace either function."""
+    """What a run tells while it goes on; every method may be left out."""
 
-    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
-    on_epoch: Callable[[Epoch], None] = lambda record: None
+    def note(self, text: str) -> None:
+        """Something about the data or the settings that the user should know."""
+
+    def start(self, seed: int, number: int, total: int, config: Training) -> None:
+        """Seed `number` of `total` starts training."""
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        """An update of an epoch is done; all count from 1."""
+
+    def epoch(self, record: Epoch) -> None:
+        """An epoch is trained and validated."""
 
 
 @dataclass
@@ -107,7 +121,7 @@ def train(
         total = torch.zeros((), device=truth.device)
         for number, group in enumerate(epoch_groups, 1):
             total += step_of_group(group, epoch)
-            watcher.on_step(epoch, number, len(epoch_groups))
+            watcher.step(epoch, number, len(epoch_groups))
         for hook in hooks.values():
             hook.end_epoch(epoch)
         train_loss = float(total) / sum(len(group.micro_batches) for group in epoch_groups)
@@ -124,7 +138,7 @@ def train(
         validated = time.perf_counter()
         record = Epoch(epoch, train_loss, valid_mae, better, trained - started, validated - trained)
         outcome.history.append(record)
-        watcher.on_epoch(record)
+        watcher.epoch(record)
     for name, module in modules.items():
         module.load_state_dict(best_weights[name])
     return outcome

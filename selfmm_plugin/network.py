@@ -5,7 +5,7 @@ The unimodal heads belong to the hook `ulgm` (supervision.py), which any other m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import AliasChoices, Field, field_validator
@@ -26,7 +26,7 @@ class SelfMMConfig(Config):
     tasks: str | None = Field(
         None, description="losses to train, as MTAV, MT or M; all of the modalities by default, M is no ULGM"
     )
-    supervision: str = Field("self", pattern="^(self|human)$", description="unimodal labels: generated, or human ones")
+    supervision: Literal["self", "human"] = Field("self", description="unimodal labels: generated, or human ones")
     exclude_zero: bool = Field(
         True,
         validation_alias=AliasChoices("exclude_zero", "excludeZero"),

@@ -1,9 +1,9 @@
 """Unimodal supervision for any fusion model: heads on its modality features, labels from ULGM.
 
-    supervision = UnimodalSupervision(train_labels, {"fusion": 64, "text": 300, "audio": 32}, label_range=3.0)
-    loss = criterion(prediction, target) + supervision.loss(features, index)
-    loss.backward()
-    supervision.observe(index, epoch)
+supervision = UnimodalSupervision(train_labels, {"fusion": 64, "text": 300, "audio": 32}, label_range=3.0)
+loss = criterion(prediction, target) + supervision.loss(features, index)
+loss.backward()
+supervision.observe(index, epoch)
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class UnimodalSupervision(nn.Module):
         """Return the unimodal sentiments (B) of features (B, d)."""
         return {name: head(features[name])[0] for name, head in self.heads.items()}
 
-    def loss(
-        self, features: Mapping[str, Tensor], index: Tensor, mask: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def loss(self, features: Mapping[str, Tensor], index: Tensor, mask: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the scalar Σ over modalities of mean(weight · |prediction − label|).
 
         Args:

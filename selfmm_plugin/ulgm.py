@@ -61,7 +61,7 @@ class _TaskMemory(nn.Module):
         self.has_centers.copy_((counts > 0).all())
 
     def relative_distance(self, features: Tensor, distance: Distance) -> Tensor:
-        """Return (B): how much nearer the positive centre is than the negative one (the paper's "relative distance value")."""
+        """Return (B): how much nearer the positive centre is than the negative one, relative to it."""
         to_positive, to_negative = (distance(features, center) for center in self.centers)
         return (to_negative - to_positive) / (to_positive + EPSILON)
 

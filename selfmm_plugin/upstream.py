@@ -54,7 +54,9 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
     needed += [f"post_{task}_layer_1.weight" for task in ("fusion", "text", "audio", "video")]
     missing = [name for name in needed if name not in state]
     if foreign or missing:
-        faults = [f"without {', '.join(missing[:3])}"] * bool(missing) + [f"with {', '.join(foreign[:3])}"] * bool(foreign)
+        faults = [f"without {', '.join(missing[:3])}"] * bool(missing) + [f"with {', '.join(foreign[:3])}"] * bool(
+            foreign
+        )
         raise InputError(f"this is not a checkpoint of upstream's Self-MM: {' and '.join(faults)}")
     renamed = {_rename(name): tensor for name, tensor in state.items() if ".pooler." not in name}
 
@@ -73,7 +75,10 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
         "v_lstm_layers": video_layers,
         "audio_out": len(state["audio_model.linear_1.weight"]),
         "video_out": len(state["video_model.linear_1.weight"]),
-        **{f"post_{task}_dim": len(state[f"post_{task}_layer_1.weight"]) for task in ("fusion", "text", "audio", "video")},
+        **{
+            f"post_{task}_dim": len(state[f"post_{task}_layer_1.weight"])
+            for task in ("fusion", "text", "audio", "video")
+        },
     }
     text_width = state["text_model.model.embeddings.word_embeddings.weight"].shape[1]
     return Translation(

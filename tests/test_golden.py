@@ -134,7 +134,10 @@ def test_training_follows_the_trace(name: str, per_sample: bool) -> None:
         for group in trace.groups(epoch - 1):
             step(group, epoch)
         expected = translate(trace.weights(f"epoch{epoch}/params/"))
-        for state, wanted in ((model.state_dict(), expected.network), (ulgm.supervision.heads.state_dict(), expected.heads)):
+        for state, wanted in (
+            (model.state_dict(), expected.network),
+            (ulgm.supervision.heads.state_dict(), expected.heads),
+        ):
             assert state.keys() == wanted.keys()
             for weight in state:
                 np.testing.assert_allclose(state[weight], wanted[weight], atol=1e-5, err_msg=f"{epoch} {weight}")

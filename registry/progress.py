@@ -1,0 +1,81 @@
+"""Progress of a run: a live bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .contract import Training
+from .training import Epoch, Watcher
+
+
+@contextmanager
+def make_watcher(console: Console) -> Iterator[Watcher]:
+    """Give a watcher that reports to a console in the way that suits it."""
+    if not console.is_terminal:
+        yield PlainWatcher(console)
+        return
+    columns = (
+        TextColumn("seed {task.fields[seed]}"),
+        BarColumn(),
+        TextColumn("epoch {task.fields[epoch]}  {task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield LiveWatcher(console, progress)
+
+
+class PlainWatcher(Watcher):
+    """One line for every note and every epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seed = 0
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def start(self, seed: int, number: int, total: int, config: Training) -> None:
+        self.seed = seed
+        self._line(f"seed {seed} ({number} of {total})")
+
+    def epoch(self, record: Epoch) -> None:
+        self._line(f"seed {self.seed}  {record}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+class LiveWatcher(PlainWatcher):
+    """A bar that is full when training would end if no better epoch came; notes stay above it."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        super().__init__(console)
+        self.progress = progress
+        self.task: TaskID | None = None
+
+    def start(self, seed: int, number: int, total: int, config: Training) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.config, self.best = config, (math.inf, 0)
+        name = f"{seed} ({number} of {total})"
+        self.task = self.progress.add_task("", total=None, seed=name, epoch=1, figures="")
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        last = min(self.config.epochs or math.inf, self.best[1] + self.config.early_stop)
+        self._update(epoch=epoch, total=last * steps, completed=(epoch - 1) * steps + step)
+
+    def epoch(self, record: Epoch) -> None:
+        if record.best:
+            self.best = (record.valid_mae, record.epoch)
+        best = f"best validation MAE {self.best[0]:.4f} (epoch {self.best[1]})"
+        self._update(figures=f"loss {record.train_loss:.3f}  {best}")
+
+    def _update(self, **fields: object) -> None:
+        assert self.task is not None
+        self.progress.update(self.task, **fields)  # type: ignore[arg-type]

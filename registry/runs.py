@@ -1,0 +1,237 @@
+"""Run folders: `RUNS/<model>/<dataset>/<config hash>/<seed>/`, written whole or not at all.
+
+run = load_run("runs/self_mm/mosi/3f2a…/1111")
+run.metrics["MAE"], run.predictions, run.model(batch).prediction
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BenchmarkError, InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch import nn
+
+FINISHED = "metrics.json"
+"""Written last: a folder that holds it is a finished run."""
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """Return the config hash: 12 hex digits of everything that can change a result, apart from the seed."""
+    text = json.dumps(settings, sort_keys=True, allow_nan=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that takes its place when the block ends without an error.
+
+    Raises:
+        BenchmarkError: the folder cannot be written.
+    """
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():
+            replaced = temporary.with_suffix(".old")
+            os.replace(folder, replaced)
+            os.replace(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise BenchmarkError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_run(
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    modules: Mapping[str, nn.Module],
+    log: Sequence[str],
+) -> None:
+    """Write a finished run in one go.
+
+    `settings` becomes `config.json`, `summary` `metrics.json`, each table `NAME.csv`; `model.safetensors` holds
+    every module's state below its name.
+    """
+    from safetensors.torch import save_file
+
+    weights = {
+        f"{prefix}.{name}": tensor.detach().cpu().contiguous().clone()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    with writing(folder) as temporary:
+        for name, table in tables.items():
+            table.to_csv(temporary / f"{name}.csv", index=False)
+        save_file(weights, temporary / "model.safetensors")
+        (temporary / "log.txt").write_text("".join(f"{line}\n" for line in log), "utf-8")
+        for name, value in (("config", settings), ("environment", environment), ("metrics", summary)):
+            (temporary / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def environment(device: torch.device, data_sha256: str | None, seconds: float) -> dict[str, Any]:
+    """Return what a result was made with: versions, device, data hash, commit, seconds."""
+    import torch
+
+    packages = ("selfmm-plugin", "torch", "transformers", "numpy", "scikit-learn", "pandas", "safetensors")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "data_sha256": data_sha256,
+        "git_commit": _git_commit(),
+        "seconds": round(seconds, 2),
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the source tree, where the package runs from one."""
+    source = Path(__file__).resolve().parents[1]
+    if not (source / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its folder."""
+
+    folder: Path
+    plugins: tuple[str, ...] = ()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything in `config.json`: model, dataset, seed, config, facts of the data and the text encoder."""
+        return self._json("config.json")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Everything in `metrics.json`."""
+        return self._json(FINISHED)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics on the test split, as fractions."""
+        return self.summary["metrics"]
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch with the lowest validation MAE; None for an imported checkpoint."""
+        return self.summary["best_epoch"]
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """`id`, `label` and `prediction` of every test clip."""
+        return self.table("predictions")
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch: losses, validation MAE, seconds."""
+        return self.table("history")
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Return `NAME.csv`.
+
+        Raises:
+            InputError: the run has no such table.
+        """
+        import pandas as pd
+
+        path = self.folder / f"{name}.csv"
+        if not path.exists():
+            raise InputError(f"the run {self.folder} has no table {name!r}")
+        return pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=[""])
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with the best epoch's weights, on the CPU, in evaluation mode."""
+        from safetensors.torch import load_file
+
+        from .config import resolve
+        from .contract import DataInfo
+        from .data.text import TextEncoder
+        from .plugins import Plugins
+
+        settings = self.settings
+        plugins = Plugins(self.plugins)
+        spec = plugins.load("model", settings["model"].split("+")[0])
+        hooks = [plugins.load("hook", name) for name in settings["hooks"]]
+        dataset = plugins.load("dataset", settings["dataset"])
+        config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
+        data = dict(settings["data"])
+        encoder = settings["text_encoder"]
+        info = DataInfo(
+            **{key: data[key] for key in ("name", "dims", "max_lengths", "n_train", "label_range", "aligned")},
+            tasks=tuple(data["tasks"]),
+            text_encoder=TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None,
+        )
+        model = spec.build(config, info)
+        weights = load_file(self.folder / "model.safetensors")
+        model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+        return model.eval()
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / name).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder} is not a finished run: {name} cannot be read ({error})") from error
+
+
+def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
+    """Read a run folder.
+
+    Args:
+        folder: the folder of one seed.
+        plugins: files or modules of models that are not packaged, as for `--plugin`.
+
+    Raises:
+        InputError: it is not the folder of a finished run.
+    """
+    run = Run(Path(folder), tuple(plugins))
+    if not (run.folder / FINISHED).exists():
+        raise InputError(f"{folder} is not the folder of a finished run: it holds no {FINISHED}")
+    return run
+
+
+def finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / FINISHED).exists()

@@ -1,0 +1,69 @@
+"""Results and configurations as rows of text, ready to print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from .config import describe
+from .contract import HookSpec, ModelSpec
+from .runs import load_run
+
+if TYPE_CHECKING:
+    from .benchmark import Result
+
+Rows = list[dict[str, str]]
+MOST_SEED_COLUMNS = 5
+
+
+def result_table(result: Result) -> Rows:
+    """Return one row a metric: each seed's value (up to five seeds) and, from two on, mean ± standard deviation."""
+    runs = result.ok
+    shown = runs if len(runs) <= MOST_SEED_COLUMNS else []
+    rows = [{"metric": "best epoch", **{f"seed {run.seed}": str(run.best_epoch) for run in shown}}]
+    for name, mean in result.mean.items():
+        row = {"metric": name, **{f"seed {run.seed}": f"{run.metrics[name]:.4f}" for run in shown}}
+        if result.std is not None:
+            row["mean ± sd"] = f"{mean:.4f} ± {result.std[name]:.4f}"
+        rows.append(row)
+    if result.std is not None:
+        epochs = [run.best_epoch for run in runs if run.best_epoch is not None]
+        rows[0]["mean ± sd"] = f"{min(epochs)} to {max(epochs)}"
+    return rows
+
+
+def artifact_tables(result: Result, most_rows: int) -> dict[str, Rows]:
+    """Return the small tables that hooks saved with the runs, averaged over seeds."""
+    runs = [load_run(run.folder) for run in result.ok if run.folder]
+    tables: dict[str, Rows] = {}
+    for name in runs[0].summary.get("artifacts", []):
+        found = [run.table(name) for run in runs]
+        if max(len(table) for table in found) > most_rows:
+            continue
+        key = list(found[0].select_dtypes(exclude="number").columns)
+        mean = pd.concat(found).groupby(key, sort=False).mean().reset_index() if key else found[0]
+        tables[name] = [{str(column): _text(value) for column, value in row.items()} for row in mean.to_dict("records")]
+    return tables
+
+
+def config_tables(spec: ModelSpec, hooks: Sequence[HookSpec], preset: str | None = None) -> list[tuple[str, Rows]]:
+    """Return the table of every config key: type, value by dataset under a preset, and meaning."""
+    preset = preset or next(iter(spec.presets), None)
+    datasets = list(spec.presets.get(preset, {})) if preset else []
+    rows = []
+    for row in describe(spec, hooks):
+        values = row.presets.get(preset, {}) if preset else {}
+        by_dataset = {dataset: _text(values.get(dataset, row.default)) for dataset in datasets}
+        rows.append({"key": row.key, "type": row.type, **(by_dataset or {"default": _text(row.default)})})
+        rows[-1]["meaning"] = row.meaning
+    return [(f"config keys, preset {preset}" if preset else "config keys", rows)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,215 @@
+"""Checks for plugin authors: `check_model(MY_SPEC)` in a test, or `benchmark check NAME|FILE.py`.
+
+A small random data set stands in for a feature file, and a tiny random encoder for the pretrained one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import resolve
+from .contract import Batch, DataInfo, DatasetSpec, FusionOutput, ModelSpec
+from .data.batches import Split, predict
+from .data.feature_file import SplitArrays
+from .data.text import TextEncoder
+from .errors import BenchmarkError
+
+TOLERANCE = 1e-4
+_N, _LENGTHS, _DIMS = 12, {"text": 10, "audio": 14, "vision": 9}, {"text": 16, "audio": 5, "vision": 7}
+_BERT = {
+    "model_type": "bert",
+    "vocab_size": 60,
+    "hidden_size": _DIMS["text"],
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One requirement of the contract; `fault` is None where the model meets it."""
+
+    name: str
+    fault: str | None
+
+
+class _Fault(Exception):
+    pass
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Check a model against the contract.
+
+    Raises:
+        BenchmarkError: it breaks one; the message lists every fault.
+    """
+    faults = [f"{check.name}: {check.fault}" for check in inspect_model(spec) if check.fault]
+    if faults:
+        raise BenchmarkError(f"{spec.name} breaks the contract: " + "; ".join(faults))
+
+
+def inspect_model(spec: ModelSpec) -> list[Check]:
+    """Run every check and return the results; a model that cannot be built has only the first."""
+    case = _Case(spec)
+    checks: list[tuple[str, Callable[[], None]]] = [
+        ("builds and runs", case.runs),
+        ("shapes", case.shapes),
+        ("gradients reach every parameter", case.gradients),
+        ("padding and batch company do not change a prediction", case.company),
+        ("label blindness", case.label_blindness),
+        ("save and load", case.save_and_load),
+        ("per_sample", case.per_sample),
+    ]
+    results = []
+    for name, check in checks:
+        try:
+            check()
+            results.append(Check(name, None))
+        except _Fault as fault:
+            results.append(Check(name, str(fault)))
+        except Exception as error:  # a plugin may raise anything
+            results.append(Check(name, f"{type(error).__name__}: {error}"))
+        if name == checks[0][0] and results[0].fault:
+            break
+    return results
+
+
+class _Case:
+    """A model on the stand-in data."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        rng = np.random.default_rng(0)
+        lengths = {name: rng.integers(2, longest + 1, _N) for name, longest in _LENGTHS.items()}
+        for values in lengths.values():
+            values[0], values[1] = values.max(), 1
+        mask = np.arange(_LENGTHS["text"]) < np.maximum(lengths["text"], 3)[:, None]
+        ids = np.where(mask, rng.integers(5, _BERT["vocab_size"], mask.shape), 0)
+        self.tokens = np.stack([ids, mask, np.zeros_like(ids)], axis=1).astype(np.int64)
+
+        def sequence(name: str) -> np.ndarray:
+            real = np.arange(_LENGTHS[name]) < lengths[name][:, None]
+            return (rng.normal(size=(*real.shape, _DIMS[name])) * real[:, :, None]).astype(np.float32)
+
+        self.arrays = SplitArrays(
+            ids=[f"clip{i}" for i in range(_N)],
+            labels={task: rng.uniform(-3, 3, _N).astype(np.float32) for task in "MTAV"},
+            text=sequence("text"),
+            audio=sequence("audio"),
+            audio_lengths=lengths["audio"],
+            vision=sequence("vision"),
+            vision_lengths=lengths["vision"],
+        )
+        self.rows = torch.arange(_N)
+
+    def build(self) -> nn.Module:
+        dataset = DatasetSpec(name="mosi", summary="", language="en", label_range=3.0, metrics="mosi")
+        self.config = resolve(self.spec, [], dataset).model
+        needs = self.spec.needs(self.config) if callable(self.spec.needs) else self.spec.needs
+        self.split = Split(
+            self.arrays, self.tokens, torch.device("cpu"), train=True, text_features="text_features" in needs
+        )
+        info = DataInfo(
+            name="check",
+            dims=_DIMS,
+            max_lengths=_LENGTHS,
+            n_train=_N,
+            label_range=3.0,
+            tasks=tuple("MTAV"),
+            aligned="alignment" in needs,
+            text_encoder=TextEncoder.from_config(_BERT, name="tiny"),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.spec.build(self.config, info)
+
+    def runs(self) -> None:
+        self.model = self.build()
+        output = self.model(self.split.batch(self.rows))
+        if not isinstance(output, FusionOutput):
+            raise _Fault(f"forward must return a FusionOutput, got {type(output).__name__}")
+        self.output = output
+
+    def shapes(self) -> None:
+        if self.output.prediction.shape != (_N,):
+            raise _Fault(f"prediction must have shape ({_N},), got {tuple(self.output.prediction.shape)}")
+        if not self.output.prediction.isfinite().all():
+            raise _Fault("prediction is not finite")
+        widths = getattr(self.model, "feature_dims", None)
+        if widths is None:
+            raise _Fault("the model has no feature_dims (a dict, empty if it returns no features)")
+        found = {name: feature.shape[1:] for name, feature in self.output.features.items()}
+        if found != {name: (width,) for name, width in widths.items()}:
+            raise _Fault(
+                f"feature_dims says {dict(widths)}, forward returns { {k: list(v) for k, v in found.items()} }"
+            )
+        wrong = [name for name, loss in self.output.losses.items() if loss.dim()]
+        if wrong:
+            raise _Fault(f"losses must be scalars, {', '.join(wrong)} is not")
+
+    def gradients(self) -> None:
+        self.model.train()
+        self.model.zero_grad()
+        output = self.model(self.split.batch(self.rows))
+        parts = [output.prediction.sum(), *output.losses.values(), *(v.sum() for v in output.unimodal.values())]
+        torch.stack([*parts]).sum().backward()
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        missed = [name for name, parameter in trainable if parameter.grad is None]
+        if missed:
+            raise _Fault(f"{len(missed)} of {len(trainable)} parameters get none: {', '.join(missed[:3])}")
+
+    def company(self) -> None:
+        together = predict(self.model, self.split)
+        alone = torch.cat([self._evaluate(self.split.batch(self.rows[i : i + 1])) for i in range(_N)])
+        padded = self._evaluate(self._untrimmed())
+        for what, other in (("alone", alone), ("padded to the file's length", padded)):
+            gap = float((together - other).abs().max())
+            if gap > TOLERANCE:
+                raise _Fault(f"a clip {what} is predicted up to {gap:.2g} away from the same clip in a batch")
+
+    def _untrimmed(self) -> Batch:
+        batch = self.split.batch(self.rows)
+        tokens = torch.from_numpy(np.pad(self.tokens, ((0, 0), (0, 0), (0, 3))))
+
+        def pad(sequence: Tensor | None) -> Tensor | None:
+            return None if sequence is None else nn.functional.pad(sequence, (0, 0, 0, 4))
+
+        return replace(
+            batch,
+            text_ids=tokens[:, 0],
+            text_mask=tokens[:, 1],
+            text_segments=tokens[:, 2],
+            audio=pad(batch.audio),
+            vision=pad(batch.vision),
+        )
+
+    def label_blindness(self) -> None:
+        batch = self.split.batch(self.rows)
+        blind = replace(batch, labels={}, index=torch.full_like(batch.index, -1))
+        if not torch.equal(self._evaluate(batch), self._evaluate(blind)):
+            raise _Fault("the prediction changes when labels and row numbers are withheld")
+
+    def save_and_load(self) -> None:
+        again = self.build()
+        again.load_state_dict(self.model.state_dict())
+        if not torch.equal(
+            self._evaluate(self.split.batch(self.rows), again), self._evaluate(self.split.batch(self.rows))
+        ):
+            raise _Fault("a model rebuilt from its state_dict predicts otherwise: some state is not in it")
+
+    def per_sample(self) -> None:
+        batch_norms = [name for name, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if self.spec.per_sample and (batch_norms or self.output.losses or self.config.clip_value is not None):
+            reason = f"BatchNorm ({batch_norms[0]})" if batch_norms else "batch-level losses or clipping"
+            raise _Fault(f"the spec says per_sample=True, and the model has {reason}")
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        return (model or self.model).eval()(batch).prediction

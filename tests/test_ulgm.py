@@ -1,0 +1,214 @@
+"""ULGM on hand-computed numbers, its traps, and `UnimodalSupervision` in a plain loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from selfmm_plugin.supervision import UnimodalSupervision
+from selfmm_plugin.ulgm import DISTANCES, UnimodalLabelGenerator
+
+LABELS = torch.tensor([2.0, 1.0, -1.0, -2.0, 0.0])
+ALL = torch.arange(5)
+
+
+def line(values: list[float]) -> torch.Tensor:
+    """Features of width 1."""
+    return torch.tensor(values)[:, None]
+
+
+def generator(labels: torch.Tensor = LABELS, **options) -> UnimodalLabelGenerator:
+    return UnimodalLabelGenerator(labels, {"fusion": 1, "speech": 1}, label_range=3.0, **options)
+
+
+def filled(**options) -> UnimodalLabelGenerator:
+    """Centres: fusion +2 and -2, speech +1 and -1 (a clip of label 0 lies at 10 in both)."""
+    made = generator(**options)
+    made.update({"fusion": line([3, 1, -1, -3, 10]), "speech": line([1, 1, -1, -1, 10])}, ALL, 1)
+    return made
+
+
+def test_epoch_one_stores_features_and_moves_nothing() -> None:
+    made = filled()
+    assert torch.equal(made.labels["speech"], LABELS)
+    assert [float(c) for c in made.centers["fusion"]] == [2, -2]
+    assert [float(c) for c in made.centers["speech"]] == [1, -1]
+    assert torch.equal(made.weights(ALL)["speech"], torch.zeros(5))
+
+
+def test_zero_counts_as_positive_when_asked() -> None:
+    assert float(filled(exclude_zero=False).centers["fusion"][0]) == pytest.approx(14 / 3)
+
+
+def test_one_move_by_hand() -> None:
+    made = filled()
+    made.update({"fusion": line([1.0]), "speech": line([0.4])}, torch.tensor([0]), 2)
+    fusion = (3 - 1) / 1  # |1+2| to the negative centre, |1-2| to the positive one
+    speech = (1.4 - 0.6) / 0.6
+    proposal = 0.5 * speech / fusion * 2 + 0.5 * (2 + speech - fusion)
+    expected = 1 / 3 * 2 + 2 / 3 * proposal
+    assert float(made.labels["speech"][0]) == pytest.approx(expected, abs=1e-6)
+    assert float(made.weights(torch.tensor([0]))["speech"]) == pytest.approx(math.tanh(abs(expected - 2)), abs=1e-6)
+    assert torch.equal(made.labels["fusion"], LABELS)
+
+
+def test_labels_stay_in_range_where_the_fusion_distance_vanishes() -> None:
+    made = filled()
+    for epoch in range(2, 40):
+        made.update({"fusion": line([0.0] * 5), "speech": line([1.0, -1.0, 0.0, 1.0, -1.0])}, ALL, epoch)
+        assert made.labels["speech"].isfinite().all()
+        assert made.labels["speech"].abs().max() <= 3
+
+
+@pytest.mark.parametrize("labels", [LABELS.abs(), -LABELS.abs(), torch.zeros(5)])
+def test_labels_stay_where_a_class_is_empty(labels: torch.Tensor) -> None:
+    made = generator(labels)
+    for epoch in (1, 2, 3):
+        made.update({"fusion": line([3, 1, -1, -3, 0]), "speech": line([1, 2, 3, 4, 5])}, ALL, epoch)
+    assert torch.equal(made.labels["speech"], labels)
+
+
+def test_only_the_modality_with_an_empty_class_stays() -> None:
+    known = {"speech": torch.full((5,), 1.0)}
+    made = UnimodalLabelGenerator(LABELS, {"fusion": 1, "speech": 1, "face": 1}, 3.0, known=known)
+    features = {"fusion": line([3, 1, -1, -3, 0]), "speech": line([1, 2, 3, 4, 5]), "face": line([1, 1, -1, -1, 0.3])}
+    for epoch in (1, 2):
+        made.update(features, ALL, epoch)
+    assert torch.equal(made.labels["speech"], known["speech"])
+    assert not torch.equal(made.labels["face"], LABELS)
+
+
+def test_known_labels_never_move_and_count_in_full() -> None:
+    nan = float("nan")
+    made = filled(known={"speech": torch.tensor([nan, 1.5, nan, nan, nan])})
+    made.update({"fusion": line([1, 1, 1, 1, 1]), "speech": line([0.4] * 5)}, ALL, 2)
+    assert float(made.labels["speech"][1]) == 1.5
+    assert float(made.labels["speech"][0]) != 2.0
+    assert float(made.weights(ALL)["speech"][1]) == 1.0
+
+
+def test_a_masked_clip_moves_no_label_and_enters_no_centre() -> None:
+    made = generator()
+    mask = {"speech": torch.tensor([True, False, True, True, True])}
+    made.update({"fusion": line([3, 1, -1, -3, 0]), "speech": line([1, 99, -1, -1, 0])}, ALL, 1, mask)
+    assert float(made.centers["speech"][0]) == 1
+    made.update({"fusion": line([1, 1, -1, -3, 0]), "speech": line([0.4, 99, -1, -1, 0])}, ALL, 2, mask)
+    assert float(made.labels["speech"][1]) == float(LABELS[1])
+    assert float(made.labels["speech"][0]) != float(LABELS[0])
+
+
+def test_a_batch_of_one_and_an_order_of_batches() -> None:
+    whole, single = generator(), generator()
+    features = {"fusion": line([3, 1, -1, -3, 0]), "speech": line([1, 2, -1, -2, 0])}
+    whole.update(features, ALL, 1)
+    for row in ALL.split(1):
+        single.update({name: values[row] for name, values in features.items()}, row, 1)
+    assert torch.equal(whole.centers["speech"][0], single.centers["speech"][0])
+
+
+def test_distances() -> None:
+    features, center = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0.0, 0.0])
+    assert DISTANCES["l2"](features, center).tolist() == [5, 2]
+    assert DISTANCES["squared"](features, center).tolist() == pytest.approx([25 / 2**0.5, 4 / 2**0.5])
+    assert DISTANCES["cosine"](features, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.0])
+    custom = generator(distance=lambda features, center: (features - center).abs().sum(-1))
+    assert float(custom.distance(torch.tensor([[1.0, -1.0]]), torch.zeros(2))) == 2
+
+
+def test_state_goes_through_a_state_dict_and_needs_no_gradient() -> None:
+    made, again = filled(), generator()
+    made.update({"fusion": line([1.0]), "speech": line([0.4])}, torch.tensor([0]), 2)
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.labels["speech"], made.labels["speech"])
+    assert not list(made.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"labels": torch.zeros(2, 2)}, "shape"),
+        ({"labels": torch.tensor([1.0, float("nan")])}, "finite"),
+        ({"feature_dims": {"text": 3}}, "fusion"),
+        ({"label_range": 0.0}, "positive"),
+        ({"distance": "manhattan"}, "distance"),
+        ({"known": {"speech": torch.zeros(3)}}, "known"),
+        ({"known": {"fusion": torch.zeros(5)}}, "known"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict, word: str) -> None:
+    arguments = {"labels": LABELS, "feature_dims": {"fusion": 1, "speech": 1}, "label_range": 3.0, **options}
+    with pytest.raises(ValueError, match=word):
+        UnimodalLabelGenerator(**arguments)
+
+
+def test_wrong_features_are_named() -> None:
+    with pytest.raises(ValueError, match=r"features\['speech'\] must have shape \(5, 1\), got nothing"):
+        generator().update({"fusion": line([0] * 5)}, ALL, 1)
+
+
+def supervision() -> UnimodalSupervision:
+    torch.manual_seed(0)
+    return UnimodalSupervision(LABELS, {"fusion": 4, "speech": 3, "face": 2}, 3.0, head_dims=5)
+
+
+def some_features() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        name: torch.randn(5, width, requires_grad=True) for name, width in (("fusion", 4), ("speech", 3), ("face", 2))
+    }
+
+
+def test_supervision_gives_heads_zero_rather_than_absent_gradients_in_epoch_one() -> None:
+    made = supervision()
+    made.loss(some_features(), ALL).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in made.parameters())
+
+
+def test_supervision_trains_heads_and_features_once_labels_have_moved() -> None:
+    made, features = supervision(), some_features()
+    for epoch in (1, 2):
+        made.loss(features, ALL).backward()
+        made.observe(ALL, epoch)
+    loss = made.loss(features, ALL)
+    loss.backward()
+    assert float(loss.detach()) > 0
+    assert features["speech"].grad is not None
+    assert features["speech"].grad.any()
+
+
+def test_several_losses_are_observed_in_their_order() -> None:
+    one, two, features = supervision(), supervision(), some_features()
+    for epoch in (1, 2):
+        for rows in ALL.split(2):
+            one.loss({name: values[rows] for name, values in features.items()}, rows)
+            one.observe(rows, epoch)
+        # No label moves within a loss, so losses first and observations after must give the same.
+        for rows in ALL.split(2):
+            two.loss({name: values[rows] for name, values in features.items()}, rows)
+        for rows in ALL.split(2):
+            two.observe(rows, epoch)
+    assert torch.equal(one.generator.labels["face"], two.generator.labels["face"])
+
+
+def test_observe_without_its_loss_is_an_error() -> None:
+    made, features = supervision(), some_features()
+    with pytest.raises(RuntimeError, match="must follow loss"):
+        made.observe(ALL, 1)
+    made.loss(features, ALL)
+    with pytest.raises(RuntimeError, match="another index"):
+        made.observe(ALL.flip(0), 1)
+    made.eval()
+    made.loss(features, ALL)
+    with pytest.raises(RuntimeError, match="must follow loss"):
+        made.observe(ALL, 1)
+
+
+def test_a_masked_clip_adds_no_loss() -> None:
+    made, features = supervision(), some_features()
+    for epoch in (1, 2):
+        made.loss(features, ALL)
+        made.observe(ALL, epoch)
+    nobody = {name: torch.zeros(5, dtype=torch.bool) for name in ("speech", "face")}
+    assert float(made.loss(features, ALL, nobody).detach()) == 0
