@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .benchmark import Job, prediction_table, prepare
+from .benchmark import prediction_table
 from .contract import DataInfo, TrainingData
-from .data.batches import Split, predict
+from .data.batches import predict
 from .errors import InputError
+from .jobs import Job, make_plan
 from .metrics import regression
 from .runs import Run, environment, load_run, write_run
 from .training import Watcher
@@ -45,28 +46,28 @@ def import_checkpoint(
         InputError: the file is not such a checkpoint, or does not fit the data.
     """
     path = Path(file)
-    importer = prepare(model, dataset, label_range=label_range, plugins=plugins).spec.import_checkpoint
+    importer = make_plan(model, dataset, label_range=label_range, plugins=plugins).spec.import_checkpoint
     if importer is None:
         raise InputError(f"model {model!r} cannot import checkpoints: its spec has no import_checkpoint")
     state = _read_weights(path)
     found = importer(state)
-    job = prepare(model, dataset, config=found["config"], label_range=label_range, plugins=plugins)
+    plan = make_plan(model, dataset, config=found["config"], label_range=label_range, plugins=plugins)
     if data is not None:
-        job.read(data, text_encoder, Watcher())
-        assert job.info is not None
+        job = plan.read(data, text_encoder, Watcher())
         if wrong := {k: v for k, v in found["dims"].items() if job.info.dims.get(k) != v}:
             raise InputError(f"{path} was trained on features of width {wrong}, {data} has {dict(job.info.dims)}")
     else:
-        job.info = DataInfo(
+        info = DataInfo(
             name=dataset,
             dims=found["dims"],
             max_lengths={},
             n_train=0,
-            label_range=job.label_range,
+            label_range=plan.label_range,
             tasks=("M",),
             aligned=False,
-            text_encoder=job.find_encoder(text_encoder),
+            text_encoder=plan.find_encoder(text_encoder),
         )
+        job = Job(plan, info)
     encoder = job.info.text_encoder
     if encoder is not None and encoder.width != found["dims"].get("text", encoder.width):
         raise InputError(
@@ -88,32 +89,31 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
-    assert job.info is not None
-    network = job.spec.build(job.config.model, job.info)
+    plan = job.plan
+    network = plan.spec.build(plan.config.model, job.info)
     try:
         network.load_state_dict({k: v for k, v in found["model"].items() if not k.endswith("position_ids")})
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit {job.name}: {str(error).splitlines()[-1].strip()}") from error
+        raise InputError(f"{path} does not fit {plan.name}: {str(error).splitlines()[-1].strip()}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     labels = TrainingData({"M": torch.zeros(1)}, job.info)
     hooks = {}
-    for spec in job.hooks:
-        hooks[spec.name] = spec.build(job.config.hooks[spec.name], labels, network.feature_dims)
+    for spec in plan.hooks:
+        hooks[spec.name] = spec.build(plan.config.hooks[spec.name], labels, network.feature_dims)
         hooks[spec.name].load_state_dict(found["hooks"].get(spec.name, {}), strict=False)
     metrics: dict[str, float] = {}
-    folder = runs / job.name / job.dataset.name / "imported" / digest[:12]
+    folder = runs / plan.name / plan.dataset.name / "imported" / digest[:12]
     tables = {}
     if job.file is not None:
         test = job.file.splits["test"]
-        split = Split(test, (job.tokens or {}).get("test"), torch.device("cpu"), train=False)
-        predictions = predict(network, split).numpy()
-        metrics = regression(predictions, test.labels["M"], job.dataset.metrics)
+        predictions = predict(network, job.split("test", torch.device("cpu"))).numpy()
+        metrics = regression(predictions, test.labels["M"], plan.dataset.metrics)
         tables["predictions"] = prediction_table(test, predictions)
     write_run(
         folder,
         settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
         summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
-        environment=environment(torch.device("cpu"), job.file and job.file.sha256, 0.0),
+        environment=environment(torch.device("cpu"), job.file.sha256 if job.file else None, 0.0),
         tables=tables,
         modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},
         log=[f"imported from {path.name}"],

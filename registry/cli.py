@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
+# A pipe has no width; rich would fold tables to 80 columns.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 err = Console(stderr=True)
 KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook"}
 SMALL_TABLE = 10
@@ -143,9 +145,10 @@ def _seeds(texts: Iterable[str]) -> list[int]:
 def _show_result(result: Result) -> None:
     from .tables import artifact_tables, result_table
 
-    protocol = "; ".join(f"{name}: {value}" for name, value in result.protocol.items())
     if result.ok:
-        _print_table(f"{result.model} on {result.dataset}, test split", result_table(result), caption=protocol)
+        _print_table(f"{result.model} on {result.dataset}, test split", result_table(result))
+        for name, value in result.protocol.items():
+            out.print(f"{name}: {escape(value)}", highlight=False, soft_wrap=True)
         for name, table in artifact_tables(result, SMALL_TABLE).items():
             over = f", mean over {len(result.ok)} seeds" if len(result.ok) > 1 else ""
             _print_table(name.replace("_", " ") + over, table)
@@ -156,11 +159,11 @@ def _show_result(result: Result) -> None:
         out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)
 
 
-def _print_table(title: str, rows: Sequence[dict[str, str]], caption: str | None = None) -> None:
-    caption = caption and escape(caption)
-    table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
-    for column in rows[0]:
-        table.add_column(escape(column), justify="left" if column == next(iter(rows[0])) else "right")
+def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for number, column in enumerate(rows[0]):
+        figures = number > 0 and all(row[column][:1] in "-0123456789" for row in rows)
+        table.add_column(escape(column), justify="right" if figures else "left", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     out.print(table)
@@ -213,21 +216,19 @@ def describe(
     debug: Debug = False,
 ) -> None:
     """Show a model's paper, citation, presets and every config key."""
-    from .plugins import Plugins, split_model_name
+    from .plugins import Plugins
     from .tables import config_tables
 
-    plugins = Plugins(plugin)
-    name, borrowed = split_model_name(model)
-    spec = plugins.load("model", name)
-    hooks = [plugins.load("hook", hook) for hook in (*spec.hooks, *borrowed)]
-    out.print(f"[bold]{escape(spec.name)}[/]: {escape(spec.summary)}", highlight=False)
+    name, spec, hooks = Plugins(plugin).load_model(model)
+    out.print(f"[bold]{escape(name)}[/]: {escape(spec.summary)}", highlight=False)
     for label, value in (("paper", spec.citation), ("at", spec.url), ("hooks", ", ".join(h.name for h in hooks))):
         if value:
             out.print(f"{label}: {escape(value)}", highlight=False)
     presets = [f"{preset} ({', '.join(values)})" for preset, values in spec.presets.items()]
     if presets:
-        out.print(f"presets: {escape('; '.join(presets))}; the first is the default", highlight=False)
-    for title, rows in config_tables(spec, hooks):
+        default = next(iter(spec.presets))
+        out.print(f"presets: {escape('; '.join(presets))}; {default} is the default", highlight=False)
+    for title, rows in config_tables(spec, hooks).items():
         _print_table(title, rows)
 
 

@@ -208,9 +208,10 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 def _plain(fault: Any, cls: type[Config]) -> str:
     """Return pydantic's fault in the words of a user."""
     kind, context = fault["type"], fault.get("ctx", {})
-    names = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text", "dict": "a table"}
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text"}
+    names |= {"dict": "a table", "tuple": "a list", "finite": "a number"}
     for start, word in names.items():
-        if kind in (f"{start}_type", f"{start}_parsing"):
+        if kind in (f"{start}_type", f"{start}_parsing", f"{start}_number"):
             return f"must be {word}"
     if kind == "literal_error":
         return f"must be {context['expected']}"
@@ -219,7 +220,7 @@ def _plain(fault: Any, cls: type[Config]) -> str:
     if kind == "value_error":
         return str(context["error"])
     signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    limits = [f"{sign} {context[key]}" for key, sign in signs.items() if key in context]
+    limits = [f"{sign} {context[key]:g}" for key, sign in signs.items() if key in context]
     return f"must be {limits[0]}" if limits else fault["msg"][0].lower() + fault["msg"][1:]
 
 

@@ -60,6 +60,7 @@ class DataInfo:
     text_encoder: TextEncoder | None
 
 
+@dataclass(frozen=True)
 class _Rows:
     """Indexing by row for a dataclass of tensors and dicts of tensors."""
 
@@ -69,7 +70,7 @@ class _Rows:
                 return value[rows] if value.dim() else value
             return {k: pick(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+        return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,23 @@ class Plugins:
             raise InputError(f"{kind} {name!r} is announced twice: {' and '.join(entry.origin for entry in found)}")
         return _resolve(kind, found[0])
 
+    def load_model(self, name: str, hooks: Sequence[str] = ()) -> tuple[str, Any, list[Any]]:
+        """Return the full name, the model's spec and its hooks' specs, of `NAME` or `NAME+HOOK+…` with further hooks.
+
+        Raises:
+            InputError: the name is malformed, a plugin cannot be loaded, or a hook is there already.
+        """
+        model, *borrowed = name.split("+")
+        extra = [*borrowed, *hooks]
+        if not model or not all(extra):
+            raise InputError(f"a model is named NAME or NAME+HOOK, got {name!r}")
+        spec = self.load("model", model)
+        for hook in extra:
+            if [*spec.hooks, *extra].count(hook) > 1:
+                reason = f"{model} is always trained with it" if hook in spec.hooks else "it is named twice"
+                raise InputError(f"hook {hook!r} cannot be added to {model!r}: {reason}")
+        return "+".join([model, *extra]), spec, [self.load("hook", hook) for hook in (*spec.hooks, *extra)]
+
     def check(self, kind: str) -> list[tuple[Entry, Any]]:
         """Import every plugin of a kind; a failure stands in the place of its spec, as an InputError."""
         results = []
@@ -86,14 +103,6 @@ class Plugins:
             except InputError as error:
                 results.append((entry, error))
         return results
-
-
-def split_model_name(name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the model and the hooks of `NAME+HOOK+…`."""
-    model, *hooks = name.split("+")
-    if not model or not all(hooks):
-        raise InputError(f"a model is named NAME or NAME+HOOK, got {name!r}")
-    return model, tuple(hooks)
 
 
 def _resolve(kind: str, entry: Entry) -> Any:

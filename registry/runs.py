@@ -13,6 +13,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,20 @@ def identity(settings: Mapping[str, Any]) -> str:
     """Return the config hash: 12 hex digits of everything that can change a result, apart from the seed."""
     text = json.dumps(settings, sort_keys=True, allow_nan=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder and try to write in it, so that a training does not end with nowhere to go.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -193,8 +208,7 @@ class Run:
 
         settings = self.settings
         plugins = Plugins(self.plugins)
-        spec = plugins.load("model", settings["model"].split("+")[0])
-        hooks = [plugins.load("hook", name) for name in settings["hooks"]]
+        _, spec, hooks = plugins.load_model(settings["model"])
         dataset = plugins.load("dataset", settings["dataset"])
         config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
         data = dict(settings["data"])

@@ -48,20 +48,26 @@ def artifact_tables(result: Result, most_rows: int) -> dict[str, Rows]:
     return tables
 
 
-def config_tables(spec: ModelSpec, hooks: Sequence[HookSpec], preset: str | None = None) -> list[tuple[str, Rows]]:
-    """Return the table of every config key: type, value by dataset under a preset, and meaning."""
-    preset = preset or next(iter(spec.presets), None)
-    datasets = list(spec.presets.get(preset, {})) if preset else []
-    rows = []
-    for row in describe(spec, hooks):
-        values = row.presets.get(preset, {}) if preset else {}
-        by_dataset = {dataset: _text(values.get(dataset, row.default)) for dataset in datasets}
-        rows.append({"key": row.key, "type": row.type, **(by_dataset or {"default": _text(row.default)})})
-        rows[-1]["meaning"] = row.meaning
-    return [(f"config keys, preset {preset}" if preset else "config keys", rows)]
+def config_tables(spec: ModelSpec, hooks: Sequence[HookSpec]) -> dict[str, Rows]:
+    """Return, by title, every config key with type, default and meaning, and each preset's values by dataset."""
+    rows = describe(spec, hooks)
+    tables = {
+        "config keys": [
+            {"key": row.key, "type": row.type, "default": _text(row.default), "meaning": row.meaning} for row in rows
+        ]
+    }
+    for preset, by_dataset in spec.presets.items():
+        tables[f"preset {preset}"] = [
+            {"key": row.key, **{dataset: _text(row.presets[preset].get(dataset, "")) for dataset in by_dataset}}
+            for row in rows
+            if row.presets.get(preset)
+        ]
+    return tables
 
 
 def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()  # as `--set` takes it
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):

@@ -21,9 +21,10 @@ from .errors import BenchmarkError
 
 TOLERANCE = 1e-4
 _N, _LENGTHS, _DIMS = 12, {"text": 10, "audio": 14, "vision": 9}, {"text": 16, "audio": 5, "vision": 7}
+_VOCABULARY = 60
 _BERT = {
     "model_type": "bert",
-    "vocab_size": 60,
+    "vocab_size": _VOCABULARY,
     "hidden_size": _DIMS["text"],
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -87,11 +88,11 @@ class _Case:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         rng = np.random.default_rng(0)
-        lengths = {name: rng.integers(2, longest + 1, _N) for name, longest in _LENGTHS.items()}
+        lengths: dict[str, np.ndarray] = {name: rng.integers(2, longest + 1, _N) for name, longest in _LENGTHS.items()}
         for values in lengths.values():
             values[0], values[1] = values.max(), 1
         mask = np.arange(_LENGTHS["text"]) < np.maximum(lengths["text"], 3)[:, None]
-        ids = np.where(mask, rng.integers(5, _BERT["vocab_size"], mask.shape), 0)
+        ids = np.where(mask, rng.integers(5, _VOCABULARY, mask.shape), 0)
         self.tokens = np.stack([ids, mask, np.zeros_like(ids)], axis=1).astype(np.int64)
 
         def sequence(name: str) -> np.ndarray:

@@ -64,8 +64,9 @@ class Outcome:
 
 def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any) -> torch.optim.Adam:
     """Adam with coupled L2 over the model's groups; the hooks' parameters join the last group."""
-    if hasattr(model, "parameter_groups"):
-        param_groups = [dict(group) for group in model.parameter_groups(config)]
+    grouped = getattr(model, "parameter_groups", None)
+    if callable(grouped):
+        param_groups = [dict(group) for group in grouped(config)]
     else:
         rates = {"lr": getattr(config, "learning_rate", 1e-3), "weight_decay": getattr(config, "weight_decay", 0.0)}
         param_groups = [{"params": list(model.parameters()), **rates}]

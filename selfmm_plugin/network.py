@@ -22,7 +22,7 @@ MODALITIES = ("text", "audio", "vision")
 class SelfMMConfig(Config):
     """Upstream's flat names; the defaults are upstream's for CMU-MOSI."""
 
-    modalities: tuple[str, ...] = Field(MODALITIES, min_length=1, description="inputs the network reads")
+    modalities: tuple[str, ...] = Field(MODALITIES, description="inputs the network reads")
     tasks: str | None = Field(
         None, description="losses to train, as MTAV, MT or M; all of the modalities by default, M is no ULGM"
     )
@@ -68,7 +68,7 @@ class SelfMMConfig(Config):
     @field_validator("modalities")
     @classmethod
     def _known_modalities(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value) or not set(value) <= set(MODALITIES):
+        if not value or len(set(value)) != len(value) or not set(value) <= set(MODALITIES):
             raise ValueError(f"must be any of {', '.join(MODALITIES)}, each once")
         return tuple(name for name in MODALITIES if name in value)
 
@@ -162,7 +162,8 @@ class SelfMM(nn.Module):
         """Return the optimiser's groups as upstream has them; the last one also takes the unimodal heads."""
         groups: list[dict[str, Any]] = []
         if "text" in self.encoders:
-            decayed, spared = [], []
+            decayed: list[Tensor] = []
+            spared: list[Tensor] = []
             for name, parameter in self.encoders["text"].named_parameters():
                 (spared if "bias" in name or "norm" in name.lower() else decayed).append(parameter)
             groups += [

@@ -23,7 +23,7 @@ URL = "https://arxiv.org/abs/2102.04830"
 
 
 def _preset(name: str) -> dict[str, dict[str, Any]]:
-    return json.loads(files("selfmm_plugin").joinpath("presets", f"{name}.json").read_text("utf-8"))
+    return json.loads((files("selfmm_plugin") / "presets" / f"{name}.json").read_text("utf-8"))
 
 
 def _import_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Any]:

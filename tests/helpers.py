@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import BertConfig, BertModel, BertTokenizerFast, DistilBertConfig, DistilBertModel
 
 SIZES = {"train": 8, "valid": 4, "test": 4}
 TOKENS = {"the": 1996, "movie": 3185, "was": 2001, "really": 2428, "good": 2204, "bad": 2919, "great": 2307}
@@ -78,3 +79,21 @@ TINY_BERT = {
     "max_position_embeddings": 32,
 }
 """A text encoder's config, for `TextEncoder.from_config`."""
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOKENS]
+"""A vocabulary whose ids are not those of the test files' text_bert."""
+
+
+def tiny_encoder(folder: Path, kind: str = "bert", **config: int) -> Path:
+    """Write a text encoder of width 8 that knows `WORDS`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 16}
+    if kind == "bert":
+        options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        BertModel(BertConfig(**{**sizes, **options, **config})).save_pretrained(folder)
+    else:
+        options = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+        DistilBertModel(DistilBertConfig(**{**sizes, **options, **config})).save_pretrained(folder)
+    return folder

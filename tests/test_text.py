@@ -12,33 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, DistilBertConfig, DistilBertModel
+from transformers import BertModel
 from transformers.utils import logging
 
 from registry.data import text
 from registry.data.feature_file import FeatureFile, file_sha256, read_feature_file
 from registry.data.text import TextEncoder, find_text_encoder, tokenise
 from registry.errors import InputError
-from tests.helpers import TOKENS, feature_file
+from tests.helpers import TOKENS, WORDS, feature_file, tiny_encoder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOKENS]
-"""A vocabulary whose ids are not those of the test files' text_bert."""
-
-
-def tiny_encoder(folder: Path, kind: str = "bert", **config: int) -> Path:
-    """Write a text encoder of width 8 that knows `WORDS`."""
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 16}
-    if kind == "bert":
-        options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-        BertModel(BertConfig(**{**sizes, **options, **config})).save_pretrained(folder)
-    else:
-        options = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
-        DistilBertModel(DistilBertConfig(**{**sizes, **options, **config})).save_pretrained(folder)
-    return folder
 
 
 def read(path: Path) -> FeatureFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Split:
         """Return the clips at `rows` (B, int64, on the host), padded to the longest among them."""
         at = rows.to(self.device)
         host = rows.numpy()
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Any] = {}
         if self._tokens is not None and self._token_lengths is not None:
             tokens = self._tokens[at, :, : self._token_lengths[host].max()]
             tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}

@@ -7,7 +7,7 @@ It shows that the tool works, not which model is better. Sentiments lie in ±3.
 - Most clips agree: audio sentiment A and vision sentiment V are T plus N(0, 0.3). A share `conflict` does not. Half of
   these are irony (voice and face both contradict the words), in a quarter only the voice contradicts, in a quarter
   only the face.
-- The multimodal label is M = 0.5 T + 0.25 A + 0.25 V, in irony 0.2 T + 0.4 A + 0.4 V, plus annotator's noise N(0, 0.15).
+- The multimodal label is M = 0.5 T + 0.25 A + 0.25 V, in irony 0.2 T + 0.4 A + 0.4 V, plus N(0, 0.15) of annotators.
 - Audio and vision are sequences: a rising trajectory in a fixed direction, as strong as the sentiment, plus a
   speaker's offset and autoregressive noise.
 - Labels are rounded to multiples of 0.2, as the mean of five annotators would be.

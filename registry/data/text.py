@@ -208,7 +208,7 @@ def _hub_folder(name: str) -> Path:
 
 
 def tokenise(
-    file: FeatureFile, encoder: TextEncoder, *, default_encoder: str | None
+    file: FeatureFile, encoder: TextEncoder, *, default_encoder: str | None, keep_alignment: bool = False
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return each split's token ids, mask and segments, int64 (N, 3, L), and notes of what was done.
 
@@ -219,9 +219,10 @@ def tokenise(
         file: the data.
         encoder: whose ids are wanted.
         default_encoder: the dataset's registered encoder, whose ids `text_bert` holds if `raw_text` cannot tell.
+        keep_alignment: refuse to tokenise again, since other tokens would not be aligned with audio and vision.
 
     Raises:
-        InputError: there is no text, or ids of an unknown vocabulary.
+        InputError: there is no text, ids of an unknown vocabulary, or an alignment that would be lost.
     """
     splits = file.splits
     has_ids = all(split.text_bert is not None for split in splits.values())
@@ -243,6 +244,11 @@ def tokenise(
     share = min(_shared(split, tokenizer) for split in splits.values()) if has_ids else 0.0
     if fits and share >= _SAME_VOCABULARY:
         return {name: _used_as_it_is(split, encoder) for name, split in splits.items()}, []
+    if keep_alignment:
+        raise InputError(
+            f"the model needs word-aligned features, and {file.name} is aligned with the tokens of another "
+            f"text encoder than {encoder.name!r}: pass the one it was made for, or a model that needs no alignment"
+        )
     tokens = {name: _tokens_of(split.raw_text or [], tokenizer, encoder) for name, split in splits.items()}
     if max(int(split[:, 0].max()) for split in tokens.values()) >= vocabulary:
         raise InputError(f"text encoder {encoder.name!r}: its tokenizer makes ids that the model does not know")

@@ -1,0 +1,204 @@
+"""What a run is made of: a `Plan` is a model, a dataset and a configuration that fit; a `Job` is a plan with its data.
+
+plan = make_plan("self_mm", "mosi", config={"epochs": 20})
+job = plan.read("unaligned_50.pkl", text_encoder=None, watcher=Watcher())
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import RunConfig, resolve
+from .contract import DataInfo, DatasetSpec, HookSpec, ModelSpec
+from .data.batches import Split
+from .data.feature_file import FeatureFile, read_feature_file
+from .data.text import TextEncoder, find_text_encoder, tokenise
+from .errors import InputError
+from .plugins import Plugins
+from .runs import identity
+from .training import Watcher
+
+SELECTION = "the epoch with the lowest validation MAE; test is read once"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model with its hooks, a dataset and a configuration that fit together; no data is read yet."""
+
+    name: str
+    """`NAME`, or `NAME+HOOK` with the hooks that the model does not always have"""
+    spec: ModelSpec
+    hooks: list[HookSpec]
+    dataset: DatasetSpec
+    config: RunConfig
+    label_range: float
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the model needs of the data, under this configuration."""
+        return self.spec.needs(self.config.model) if callable(self.spec.needs) else self.spec.needs
+
+    def find_encoder(self, name: str | None) -> TextEncoder | None:
+        """Return the text encoder by name, or the dataset's own; None for a model that reads no text."""
+        if "text" not in self.needs:
+            return None
+        chosen = name or self.dataset.text_encoder
+        if chosen is None:
+            raise InputError(f"dataset {self.dataset.name!r} needs --text-encoder: minilm, a hub name or a folder")
+        return find_text_encoder(chosen)
+
+    def read(self, path: str | Path | None, text_encoder: str | None, watcher: Watcher) -> Job:
+        """Read the feature file, check it against what the model needs, and tokenise its text."""
+        if self.dataset.generate and path is not None:
+            raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
+        if not self.dataset.generate and path is None:
+            raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
+        encoder = self.find_encoder(text_encoder)
+        file = (
+            read_feature_file(Path(path), label_range=self.label_range, known_sha256=self.dataset.sha256)
+            if path is not None
+            else self.dataset.generate()  # type: ignore[misc]
+        )
+        _check_needs(self, file)
+        notes, tokens = list(file.notes), None
+        arrays = file.splits["train"]
+        sequences = {name: getattr(arrays, name) for name in ("text", "audio", "vision")}
+        dims = {name: array.shape[2] for name, array in sequences.items() if array is not None}
+        lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in dims}
+        if encoder:
+            default = self.dataset.text_encoder
+            tokens, more = tokenise(file, encoder, default_encoder=default, keep_alignment="alignment" in self.needs)
+            notes += more
+            dims["text"] = encoder.width
+            lengths["text"] = max(made.shape[2] for made in tokens.values())
+        for note in notes:
+            watcher.note(note)
+        info = DataInfo(
+            name=self.dataset.name,
+            dims=dims,
+            max_lengths=lengths,
+            n_train=len(arrays.ids),
+            label_range=self.label_range,
+            tasks=tuple(arrays.labels),
+            aligned=file.aligned,
+            text_encoder=encoder,
+        )
+        return Job(self, info, file, tokens)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan with the facts of its data and, unless it is only about weights, the data itself."""
+
+    plan: Plan
+    info: DataInfo
+    file: FeatureFile | None = None
+    tokens: Mapping[str, np.ndarray] | None = None
+
+    def split(self, name: str, device: torch.device) -> Split:
+        """Return the split "train", "valid" or "test" on a device."""
+        assert self.file is not None
+        tokens = self.tokens[name] if self.tokens else None
+        features = "text_features" in self.plan.needs
+        return Split(self.file.splits[name], tokens, device, train=name == "train", text_features=features)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that can change a result apart from the seed, as it is written to `config.json`."""
+        plan, encoder = self.plan, self.info.text_encoder
+        specs: tuple[ModelSpec | HookSpec, ...] = (plan.spec, *plan.hooks)
+        splits = self.file.splits if self.file else {}
+        return {
+            "model": plan.name,
+            "dataset": plan.dataset.name,
+            "config": plan.config.as_dict(),
+            "hooks": [hook.name for hook in plan.hooks],
+            "versions": {spec.name: spec.version for spec in specs},
+            "precision": "fp32",
+            "data": {
+                **{key: value for key, value in vars(self.info).items() if key != "text_encoder"},
+                "sha256": self.file.sha256 if self.file else None,
+                "metrics": plan.dataset.metrics,
+                "sizes": {name: len(split.ids) for name, split in splits.items()},
+            },
+            "text_encoder": encoder
+            and {"name": encoder.name, "sha256": encoder.sha256, "config": dict(encoder.config)},
+        }
+
+    def identity(self) -> str:
+        """Return the config hash; names and paths do not enter it, contents do."""
+        settings = self.settings()
+        settings["text_encoder"] = settings["text_encoder"] and settings["text_encoder"]["sha256"]
+        return identity(settings)
+
+    def protocol(self) -> dict[str, str]:
+        """What every table of these results must say."""
+        encoder, config = self.info.text_encoder, self.plan.config
+        return {
+            "selection": SELECTION,
+            "data": "aligned" if self.info.aligned else "unaligned",
+            "text encoder": f"{encoder.name}, fine-tuned" if encoder else "none",
+            "preset": config.preset or "none",
+            "incomplete last group": {"step": "stepped", "drop": "dropped"}[config.model.tail],
+        }
+
+
+def make_plan(
+    model: str,
+    dataset: str,
+    *,
+    preset: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    config_file: str | Path | None = None,
+    hooks: Sequence[str] = (),
+    label_range: float | None = None,
+    plugins: Sequence[str] = (),
+) -> Plan:
+    """Find the plugins and resolve the configuration; arguments as for `registry.run`.
+
+    Raises:
+        InputError: a name is unknown, a hook is given twice, or the configuration has faults.
+    """
+    found = Plugins(plugins)
+    name, spec, hook_specs = found.load_model(model, hooks)
+    dataset_spec = found.load("dataset", dataset)
+    resolved = resolve(
+        spec,
+        hook_specs,
+        dataset_spec,
+        preset=preset,
+        file=None if config_file is None else Path(config_file),
+        overrides=config,
+        defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
+    )
+    limit = dataset_spec.label_range if label_range is None else label_range
+    if math.isnan(limit):
+        raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
+    if not 0 < limit < math.inf:
+        raise InputError(f"--label-range must be a positive number, got {limit:g}")
+    return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit))
+
+
+def _check_needs(plan: Plan, file: FeatureFile) -> None:
+    train, name = file.splits["train"], plan.spec.name
+    for need in plan.needs:
+        if need == "alignment":
+            if not file.aligned:
+                raise InputError(f"{name} needs word-aligned features, and {file.name} is not aligned")
+        elif need in ("text", "text_features", "audio", "vision"):
+            has_tokens = train.text_bert is not None or train.raw_text is not None
+            absent = not has_tokens if need == "text" else getattr(train, need.removesuffix("_features")) is None
+            if absent:
+                hint = (
+                    " (leave it out with --set modalities=…)" if "modalities" in plan.spec.config.model_fields else ""
+                )
+                key = {"text": "text_bert or raw_text", "text_features": "text"}.get(need, need)
+                raise InputError(f"{name} needs {need}, and {file.name} has no key {key}{hint}")
+        elif need not in train.labels:
+            raise InputError(f"{name} needs labels {need!r}, and {file.name} has only {', '.join(train.labels)}")

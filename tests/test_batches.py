@@ -1,0 +1,116 @@
+"""The shared loader: trimming, order, what a model may see, and groups of micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from registry import FusionOutput
+from registry.data.batches import Split, forward, groups, predict
+from registry.data.feature_file import read_feature_file
+from tests.helpers import feature_file
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    path = feature_file(tmp_path_factory.mktemp("data"), sizes={"train": 20, "valid": 4, "test": 4})
+    return read_feature_file(path, label_range=3.0).splits["train"]
+
+
+@pytest.fixture
+def split(arrays) -> Split:
+    return Split(arrays, arrays.text_bert, CPU, train=True)
+
+
+def test_a_batch_is_the_files_rows_trimmed_to_the_longest(split, arrays):
+    rows = torch.tensor([7, 2, 11])
+    batch = split.batch(rows)
+    at = rows.numpy()
+    longest = arrays.text_bert[at, 1].sum(axis=1).max()
+    np.testing.assert_array_equal(batch.text_ids, arrays.text_bert[at, 0, :longest])
+    np.testing.assert_array_equal(batch.text_mask, arrays.text_bert[at, 1, :longest])
+    for name in ("audio", "vision"):
+        lengths = getattr(arrays, f"{name}_lengths")[at]
+        np.testing.assert_array_equal(getattr(batch, name), getattr(arrays, name)[at, : lengths.max()])
+        np.testing.assert_array_equal(getattr(batch, f"{name}_lengths"), lengths)
+    assert torch.equal(batch.index, rows)
+    np.testing.assert_array_equal(batch.labels["M"], arrays.labels["M"][at])
+
+
+def test_outside_training_there_are_no_labels_and_no_row_numbers(arrays):
+    batch = Split(arrays, arrays.text_bert, CPU, train=False).batch(torch.tensor([3, 4]))
+    assert batch.labels == {}
+    assert batch.index.tolist() == [-1, -1]
+
+
+def test_padding_on_the_left_is_kept(arrays):
+    """A tokenizer may pad before the text: trimming looks for the last real token, not for their number."""
+    tokens = arrays.text_bert[:, :, ::-1].copy()
+    batch = Split(arrays, tokens, CPU, train=True).batch(torch.tensor([0, 1]))
+    np.testing.assert_array_equal(batch.text_mask, tokens[:2, 1])
+
+
+def test_a_slice_of_a_batch_is_the_batch_of_those_rows(split):
+    part = split.batch(torch.arange(6))[2:4]
+    assert part.index.tolist() == [2, 3]
+    assert part.labels["M"].shape == (2,)
+    assert len(part) == len(part.audio) == 2
+
+
+def test_text_features_only_where_they_are_asked_for(tmp_path):
+    path = feature_file(tmp_path, text=lambda _: np.ones((4, 9, 6)), train={"text": np.ones((8, 9, 6))})
+    arrays = read_feature_file(path, label_range=3.0).splits["test"]
+    assert Split(arrays, None, CPU, train=False).batch(torch.arange(2)).text is None
+    assert Split(arrays, None, CPU, train=False, text_features=True).batch(torch.arange(2)).text.shape == (2, 9, 6)
+
+
+class Lengths(nn.Module):
+    """Predicts a number that tells the clip, and writes down how long its batches were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def forward(self, batch) -> FusionOutput:
+        self.seen.append(batch.audio_lengths.tolist())
+        return FusionOutput(prediction=batch.audio[:, 0, 0], features={"audio": batch.audio[:, 0]})
+
+
+def test_evaluation_sorts_by_length_and_restores_the_order(split, arrays):
+    model = Lengths()
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    output = forward(model, split, rows, chunk=6)
+    np.testing.assert_array_equal(output.prediction, arrays.audio[rows.numpy(), 0, 0])
+    np.testing.assert_array_equal(output.features["audio"], arrays.audio[rows.numpy(), 0])
+    assert [len(chunk) for chunk in model.seen] == [6, 6, 6, 2]
+    texts = arrays.text_bert[:, 1].sum(axis=1)
+    assert [texts[rows[i]] for i in split.by_length(rows)] == sorted(texts, reverse=True)
+
+
+def test_predict_is_in_evaluation_mode_without_gradients(split, arrays):
+    model = Lengths().train()
+    prediction = predict(model, split)
+    assert not model.training
+    assert not prediction.requires_grad
+    np.testing.assert_array_equal(prediction, arrays.audio[:, 0, 0])
+
+
+@given(n=st.integers(1, 60), batch_size=st.integers(1, 9), update_epochs=st.integers(1, 5), seed=st.integers(0, 99))
+def test_groups_hold_every_row_once(n, batch_size, update_epochs, seed):
+    made = [
+        list(groups(n, batch_size, update_epochs, tail, torch.Generator().manual_seed(seed)))
+        for tail in ("step", "drop")
+    ]
+    rows = [row for group in made[0] for micro_batch in group.micro_batches for row in micro_batch.tolist()]
+    assert sorted(rows) == list(range(n))
+    assert rows == [row for group in made[1] for micro_batch in group.micro_batches for row in micro_batch.tolist()]
+    assert all(len(group.micro_batches) == update_epochs for group in made[0][:-1])
+    assert all(group.step for group in made[0])
+    complete = [len(group.micro_batches) == update_epochs for group in made[1]]
+    assert [group.step for group in made[1]] == ([True] if len(complete) == 1 else complete)

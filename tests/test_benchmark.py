@@ -1,0 +1,316 @@
+"""`registry.run`: seeds, finished and failed runs, what is written, and what a model needs of its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import registry
+from registry import InputError, Result, load_run
+from registry.training import Watcher
+from tests.helpers import feature_file
+
+QUICK = {"epochs": 2, "batch_size": 4, "update_epochs": 1}
+
+
+@pytest.fixture
+def quick(tmp_path, encoder):
+    """Run `self_mm` on a small file in `tmp_path`; arguments as for `registry.run`."""
+
+    def run(data: Path | None = None, model: str = "self_mm", *, config=None, runs="runs", **options) -> Result:
+        data = data or feature_file(tmp_path)
+        return registry.run(
+            model,
+            options.pop("dataset", "custom"),
+            data=data,
+            text_encoder=encoder,
+            label_range=3.0,
+            runs=tmp_path / runs,
+            config={**QUICK, **(config or {})},
+            **options,
+        )
+
+    return run
+
+
+def plugin(folder: Path, forward: str, name: str = "mean", *, options: str = "", dims: str = "{}") -> str:
+    """Write a plugin with one model over audio; `forward` is its body, with `mean` (B, 5) and `self.linear`."""
+    text = f"""
+import torch
+from registry import FusionOutput, register_model
+
+@register_model("{name}", summary="mean of audio"{options})
+class Model(torch.nn.Module):
+    def __init__(self, config, data):
+        super().__init__()
+        self.linear = torch.nn.Linear(data.dims["audio"], 1)
+        self.feature_dims = {dims}
+
+    def forward(self, batch):
+        mean = batch.audio.sum(1) / batch.audio_lengths[:, None]
+        {forward}
+"""
+    (folder / f"{name}.py").write_text(text)
+    return str(folder / f"{name}.py")
+
+
+class Notes(Watcher):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def weights(result: Result, number: int = 0) -> bytes:
+    return (result.runs[number].folder / "model.safetensors").read_bytes()
+
+
+# --- seeds and folders
+
+
+def test_mean_and_sample_deviation_over_seeds(quick):
+    result = quick(seeds=[3, 1])
+    values = [run.metrics["MAE"] for run in result.runs]
+    assert [(run.seed, run.status, run.reason) for run in result.runs] == [(3, "ok", None), (1, "ok", None)]
+    assert values[0] != values[1]
+    assert result.mean["MAE"] == pytest.approx(np.mean(values))
+    assert result.std["MAE"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert [run.folder for run in result.runs] == [result.folder / "3", result.folder / "1"]
+
+
+def test_one_seed_has_no_deviation(quick):
+    assert quick().std is None
+
+
+def test_same_seed_same_bits_wherever_and_whenever(quick):
+    first = quick(runs="a", seeds=[7, 8])
+    torch.rand(3)
+    again = quick(runs="b", seeds=[8, 7])
+    assert weights(first, 0) == weights(again, 1)
+    assert weights(first, 0) != weights(first, 1)
+    assert first.runs[0].metrics == again.runs[1].metrics
+
+
+def test_the_callers_random_state_and_folder_are_left_alone(quick, empty_folder):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    quick()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_a_finished_run_is_found_and_force_repeats_it(quick):
+    folder = quick().runs[0].folder
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    notes = Notes()
+    again = quick(watcher=notes)
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    assert any("seed 1111 is finished already" in note for note in notes.notes)
+    forced = quick(force=True)
+    assert (folder / "metrics.json").stat().st_mtime_ns > written
+    assert again.mean == forced.mean
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_that_make_no_sense(quick, seeds):
+    with pytest.raises(InputError, match="seeds must be at least one number, each once"):
+        quick(seeds=seeds)
+
+
+# --- the test split is read once, and never chosen by
+
+
+def test_test_labels_change_metrics_and_nothing_else(quick, tmp_path):
+    one = quick(runs="a")
+    flipped = feature_file(tmp_path, name="flipped.pkl", test={"regression_labels": lambda y: -y})
+    other = quick(flipped, runs="b")
+    tables = [load_run(result.runs[0].folder) for result in (one, other)]
+    assert tables[0].predictions["prediction"].tolist() == tables[1].predictions["prediction"].tolist()
+    assert tables[0].best_epoch == tables[1].best_epoch
+    assert tables[0].metrics["MAE"] != tables[1].metrics["MAE"]
+
+
+# --- failures
+
+
+def test_a_failed_run_has_its_reason_and_no_folder(quick, tmp_path):
+    bad_when = "torch.initial_seed() == 2 and not self.training"
+    file = plugin(tmp_path, f"return FusionOutput(self.linear(mean)[:, 0] * (float('nan') if {bad_when} else 1))")
+    result = quick(model="mean", plugins=[file], seeds=[1, 2, 3])
+    assert [run.status for run in result.runs] == ["ok", "failed", "ok"]
+    assert "validation MAE nan" in result.runs[1].reason
+    assert (result.runs[1].folder, result.runs[1].metrics) == (None, {})
+    assert result.mean["MAE"] == pytest.approx(np.mean([result.runs[i].metrics["MAE"] for i in (0, 2)]))
+    assert sorted(path.name for path in result.folder.iterdir()) == ["1", "3"]
+
+
+def test_nothing_but_failures(quick, tmp_path):
+    file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0] * float('inf'))")
+    result = quick(model="mean", plugins=[file])
+    assert (result.ok, result.mean, result.std) == ([], {}, None)
+    assert '"mean": {}' in result.to_json()
+
+
+# --- ULGM through the registry
+
+
+def human_labels(tmp_path: Path) -> Path:
+    """A file with T/A/V labels, some of them 0."""
+    rng = np.random.default_rng(1)
+    keys = {f"regression_labels_{task}": lambda _, n: rng.integers(-2, 3, n).astype(np.float32) for task in "TAV"}
+    sizes = {"train": 8, "valid": 4, "test": 4}
+    changes = {
+        split: {key: (lambda old, make=make, n=n: make(old, n)) for key, make in keys.items()}
+        for split, n in sizes.items()
+    }
+    return feature_file(tmp_path, name="human.pkl", **changes)
+
+
+def test_generated_labels_move_from_the_second_epoch_on(quick):
+    table = load_run(quick(config={"epochs": 3}).runs[0].folder).table("labels")
+    for modality in ("text", "audio", "vision"):
+        moved = (table[modality] - table["fusion"]).abs().groupby(table["epoch"]).max()
+        assert moved[1] == 0
+        assert moved[2] > 0
+    assert table[["text", "audio", "vision"]].abs().to_numpy().max() <= 3
+
+
+def test_human_supervision_trains_on_the_files_own_labels(quick, tmp_path):
+    run = load_run(quick(human_labels(tmp_path), config={"supervision": "human"}).runs[0].folder)
+    labels = run.table("labels")
+    content = registry.load_run(run.folder).settings["data"]["tasks"]
+    assert content == ["M", "T", "A", "V"]
+    assert set(labels["text"]) <= {-2, -1, 0, 1, 2}
+    assert labels.groupby("id")["text"].nunique().max() == 1
+    assert not (run.folder / "label_agreement.csv").exists()
+
+
+def test_human_supervision_needs_human_labels(quick):
+    with pytest.raises(InputError, match="supervision='human' needs the data's own labels for text, audio, vision"):
+        quick(config={"supervision": "human"})
+
+
+def test_agreement_with_true_labels_is_written_where_they_are_known(quick, tmp_path):
+    run = load_run(quick(human_labels(tmp_path)).runs[0].folder)
+    table = run.table("label_agreement")
+    assert table["modality"].tolist() == ["text", "audio", "vision"]
+    last = run.table("labels").query(f"epoch == {run.history['epoch'].max()}")
+    best = run.table("labels").query(f"epoch == {run.best_epoch}")
+    assert len(last) == len(best) == 8
+    assert table["MAE multimodal"].between(0, 6).all()
+
+
+@pytest.mark.parametrize(("tasks", "heads"), [("M", []), ("MT", ["text"]), ("MTAV", ["audio", "text", "vision"])])
+def test_tasks_pick_the_losses(quick, tasks, heads):
+    from safetensors.torch import load_file
+
+    names = load_file(quick(config={"tasks": tasks}).runs[0].folder / "model.safetensors")
+    assert sorted({n.split(".")[4] for n in names if n.startswith("hook.ulgm.supervision.heads")}) == heads
+
+
+@pytest.mark.parametrize("tasks", ["T", "MX", "MTT"])
+def test_tasks_that_make_no_sense(quick, tasks):
+    with pytest.raises(InputError, match="tasks must be M and any of TAV, each once"):
+        quick(config={"tasks": tasks})
+
+
+def test_any_model_with_features_borrows_ulgm(quick, tmp_path):
+    forward = "return FusionOutput(self.linear(mean)[:, 0], {'fusion': mean, 'audio': mean})"
+    file = plugin(tmp_path, forward, dims='{"fusion": 5, "audio": 5}')
+    result = quick(model="mean+ulgm", plugins=[file])
+    assert result.model == "mean+ulgm"
+    assert list(load_run(result.runs[0].folder).table("labels")) == ["epoch", "id", "fusion", "audio"]
+    assert quick(model="mean", hooks=["ulgm"], plugins=[file]).folder == result.folder
+    assert load_run(result.runs[0].folder, plugins=[file]).model.linear.weight.shape == (1, 5)
+
+
+def test_a_model_without_features_cannot_borrow_it(quick, tmp_path):
+    file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])")
+    with pytest.raises(InputError, match="needs a model that returns features named 'fusion'"):
+        quick(model="mean+ulgm", plugins=[file])
+
+
+@pytest.mark.parametrize("model", ["self_mm+ulgm", "mean+ulgm+ulgm"])
+def test_a_hook_given_twice(quick, tmp_path, model):
+    file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])")
+    with pytest.raises(InputError, match="hook 'ulgm' cannot be added to"):
+        quick(model=model, plugins=[file])
+
+
+# --- what a model needs of its data
+
+
+def test_a_modality_that_is_not_there(quick, tmp_path):
+    blind = feature_file(tmp_path, name="blind.pkl", vision=None, vision_lengths=None)
+    with pytest.raises(
+        InputError, match=r"needs vision, and blind\.pkl has no key vision \(leave it out with --set mod"
+    ):
+        quick(blind)
+    folder = quick(blind, config={"modalities": "text,audio"}).runs[0].folder
+    assert load_run(folder).settings["data"]["dims"] == {"audio": 5, "text": 8}
+
+
+def test_a_model_without_text_needs_no_encoder(quick, tmp_path):
+    mute = feature_file(tmp_path, name="mute.pkl", raw_text=None, text_bert=None)
+    result = quick(mute, config={"modalities": "audio,vision"})
+    assert load_run(result.runs[0].folder).settings["text_encoder"] is None
+    assert result.protocol["text encoder"] == "none"
+
+
+def aligned(tmp_path: Path) -> Path:
+    changes = {"audio_lengths": None, "vision_lengths": None}
+    longer = {name: lambda a: np.repeat(a[:, :1], 9, axis=1) for name in ("audio", "vision")}
+    return feature_file(tmp_path, name="aligned.pkl", **changes, **longer)
+
+
+def test_alignment_is_asked_for_and_kept(quick, tmp_path):
+    forward = "return FusionOutput(self.linear(mean)[:, 0])"
+    file = plugin(tmp_path, forward, options=', needs=("text", "audio", "alignment")')
+    with pytest.raises(InputError, match=r"mean needs word-aligned features, and features\.pkl is not aligned"):
+        quick(model="mean", plugins=[file])
+    with pytest.raises(InputError, match="aligned with the tokens of another text encoder than"):
+        quick(aligned(tmp_path), model="mean", plugins=[file])
+    assert quick(aligned(tmp_path)).protocol["data"] == "aligned"
+
+
+def test_labels_and_text_features_are_asked_for(quick, tmp_path):
+    forward = "return FusionOutput(self.linear(mean)[:, 0])"
+    file = plugin(tmp_path, forward, "needs_labels", options=', needs=("audio", "T")')
+    with pytest.raises(InputError, match=r"needs labels 'T', and features\.pkl has only M"):
+        quick(model="needs_labels", plugins=[file])
+    file = plugin(tmp_path, forward, "needs_text", options=', needs=("audio", "text_features")')
+    with pytest.raises(InputError, match=r"needs text_features, and features\.pkl has no key text"):
+        quick(model="needs_text", plugins=[file])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "custom", "label_range": None}, "needs --label-range: 3 where labels lie between"),
+        ({"dataset": "mosi", "label_range": 0}, "--label-range must be a positive number, got 0"),
+        ({"dataset": "demo", "data": "x.pkl"}, "'demo' makes its own data; leave out --data"),
+        ({"dataset": "mosi", "data": None}, "'mosi' needs --data FILE"),
+        ({"dataset": "custom", "label_range": 3, "text_encoder": None}, "'custom' needs --text-encoder: minilm"),
+        ({"dataset": "mosi", "device": "gpu"}, "--device must be cpu, cuda or auto, got 'gpu'"),
+        ({"dataset": "mosei2"}, "unknown dataset 'mosei2', did you mean 'mosei'?"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path, encoder, empty_folder, options, message):
+    with pytest.raises(InputError) as caught:
+        registry.run("self_mm", **{"data": feature_file(tmp_path), "text_encoder": encoder, **options})
+    assert message in str(caught.value)
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_cuda_where_there_is_none(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="this machine has no CUDA device that torch can use; pass --device cpu"):
+        registry.run("self_mm", "mosi", data=feature_file(tmp_path), text_encoder=encoder, device="cuda")

@@ -1,0 +1,215 @@
+"""Run folders: written whole or not at all, found again, and loaded with the same predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import registry
+from registry import BenchmarkError, InputError, Training, load_run
+from registry.data.batches import predict
+from registry.jobs import make_plan
+from registry.runs import finished, identity, require_writable, writing
+from registry.training import Watcher
+from tests.helpers import feature_file
+
+FILES = {
+    "config.json",
+    "environment.json",
+    "history.csv",
+    "labels.csv",
+    "log.txt",
+    "metrics.json",
+    "model.safetensors",
+    "predictions.csv",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, encoder):
+    """A finished run and the file it was trained on."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = feature_file(folder)
+    result = registry.run(
+        "self_mm",
+        "custom",
+        data=data,
+        text_encoder=encoder,
+        label_range=3.0,
+        runs=folder / "runs",
+        config={"epochs": 2, "batch_size": 4, "update_epochs": 1},
+    )
+    return load_run(result.runs[0].folder), data
+
+
+# --- the folder
+
+
+def test_it_holds_everything_and_nothing_else(trained):
+    run, _ = trained
+    assert {path.name for path in run.folder.iterdir()} == FILES
+    assert [path.name for path in run.folder.parent.iterdir()] == ["1111"]
+    assert run.folder.parts[-4:-2] == ("self_mm", "custom")
+
+
+def test_config_and_environment(trained):
+    run, data = trained
+    settings = run.settings
+    assert (settings["model"], settings["dataset"], settings["seed"]) == ("self_mm", "custom", 1111)
+    assert settings["config"]["batch_size"] == 4
+    assert settings["config"]["hook.distance"] == "l2"
+    assert settings["data"]["dims"] == {"text": 8, "audio": 5, "vision": 3}
+    assert settings["data"]["sizes"] == {"train": 8, "valid": 4, "test": 4}
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["data_sha256"] == settings["data"]["sha256"]
+    assert str(data.parent) not in (run.folder / "config.json").read_text()
+
+
+def test_tables_speak_of_clips_by_id(trained):
+    run, _ = trained
+    assert run.predictions["id"].tolist() == [f"test$_${clip}" for clip in range(4)]
+    assert list(run.predictions) == ["id", "label", "prediction"]
+    labels = run.table("labels")
+    assert list(labels) == ["epoch", "id", "fusion", "text", "audio", "vision"]
+    assert labels["id"].tolist() == [f"train$_${clip}" for clip in range(8)] * 2
+    assert labels["epoch"].tolist() == [1] * 8 + [2] * 8
+    first = labels[labels["epoch"] == 1]
+    np.testing.assert_array_equal(first["text"], first["fusion"])
+    assert len(run.history) == len((run.folder / "log.txt").read_text().splitlines()) == 2
+
+
+def test_metrics_are_those_of_the_predictions(trained):
+    run, _ = trained
+    error = (run.predictions["prediction"] - run.predictions["label"]).abs().mean()
+    assert run.metrics["MAE"] == pytest.approx(error, abs=1e-6)
+    best = run.history.loc[run.history["valid_mae"].idxmin()]
+    assert (run.best_epoch, run.summary["valid_mae"]) == (best["epoch"], pytest.approx(best["valid_mae"]))
+
+
+def test_the_loaded_model_predicts_what_was_written(trained, encoder):
+    run, data = trained
+    plan = make_plan("self_mm", "custom", label_range=3.0)
+    split = plan.read(data, encoder, Watcher()).split("test", torch.device("cpu"))
+    predictions = predict(run.model, split).numpy()
+    np.testing.assert_allclose(predictions, run.predictions["prediction"], atol=1e-6)
+    assert not run.model.training
+
+
+def test_the_weights_hold_the_hook_as_well(trained):
+    run, _ = trained
+    names = load_file(run.folder / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"model", "hook"}
+    assert "hook.ulgm.supervision.generator.memory.text.labels" in names
+
+
+def test_an_id_that_looks_like_a_number_or_like_nothing_stays_text(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    pd.DataFrame({"id": ["007", "NA", "nan"], "prediction": [1.0, 2.0, np.nan]}).to_csv(
+        tmp_path / "predictions.csv", index=False
+    )
+    table = load_run(tmp_path).predictions
+    assert table["id"].tolist() == ["007", "NA", "nan"]
+    assert np.isnan(table["prediction"][2])
+
+
+# --- what cannot be loaded
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
+def test_not_a_run(tmp_path, make):
+    make(tmp_path / "run")
+    with pytest.raises(InputError, match=r"is not the folder of a finished run: it holds no metrics\.json"):
+        load_run(tmp_path / "run")
+
+
+def test_a_run_with_a_broken_file(tmp_path):
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(InputError, match=r"is not a finished run: metrics\.json cannot be read"):
+        _ = load_run(tmp_path).metrics
+    with pytest.raises(InputError, match="has no table 'labels'"):
+        load_run(tmp_path).table("labels")
+
+
+# --- writing
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    with writing(tmp_path / "run") as temporary:
+        (temporary / "a").write_text("1")
+        assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run" / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def interrupted(folder: Path, error: type[BaseException]) -> None:
+    with writing(folder) as temporary:
+        (temporary / "a").write_text("new")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_there(tmp_path, error):
+    with writing(tmp_path / "run") as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(error):
+        interrupted(tmp_path / "run", error)
+    assert (tmp_path / "run" / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_new_run_replaces_an_old_one_as_a_whole(tmp_path):
+    for name in ("old", "new"):
+        with writing(tmp_path / "run") as temporary:
+            (temporary / name).touch()
+    assert os.listdir(tmp_path / "run") == ["new"]
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written: Not a directory"):
+        require_writable(tmp_path / "file" / "run")
+    with pytest.raises(BenchmarkError, match="cannot be written"), writing(tmp_path / "file" / "run"):
+        pass
+    require_writable(tmp_path / "new" / "run")
+    assert os.listdir(tmp_path / "new" / "run") == []
+
+
+# --- identity
+
+
+def test_the_hash_depends_on_what_changes_a_result_and_on_nothing_else(tmp_path, encoder):
+    def hash_of(data: Path, **options) -> str:
+        plan = make_plan("self_mm", options.pop("dataset", "custom"), label_range=3.0, **options)
+        return plan.read(data, encoder, Watcher()).identity()
+
+    data = feature_file(tmp_path)
+    moved = feature_file(tmp_path, name="moved.pkl")
+    other = feature_file(tmp_path, name="other.pkl", audio=lambda a: a + 1)
+    first = hash_of(data)
+    assert hash_of(moved) == hash_of(data, config={"batch_size": 16}) == first
+    changed = [
+        hash_of(other),
+        hash_of(data, config={"batch_size": 5}),
+        hash_of(data, config={"hook.distance": "cosine"}),
+    ]
+    assert len({first, *changed}) == 4
+
+
+def test_the_hash_is_stable():
+    assert identity({"b": 1, "a": Training().model_dump()}) == identity({"a": Training().model_dump(), "b": 1})
+    assert len(identity({})) == 12
+
+
+def test_finished(tmp_path):
+    assert not finished(tmp_path)
+    (tmp_path / "metrics.json").touch()
+    assert finished(tmp_path)
