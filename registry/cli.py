@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -41,15 +40,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 
 def main() -> None:
-    """Run the command line; errors are one sentence and an exit code: 2 bad input, 1 a failed run, 130 interrupted."""
+    """Run the command line; an error is one sentence and an exit code: 2 bad input, 1 anything else."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
-        sys.exit(130)
+        app()  # exits by itself, with 2 where the command line is not one
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -89,7 +82,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Train again where a finished run exists.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
-) -> int:
+) -> None:
     """Train and test a model, once for each seed, and print its table."""
     from .config import parse_settings
 
@@ -102,29 +95,34 @@ def run(
     from .benchmark import run as run_model
     from .progress import make_watcher
 
-    with make_watcher(err) as watcher:
-        result = run_model(
-            model,
-            dataset,
-            data=data,
-            text_encoder=text_encoder,
-            seeds=seed_numbers,
-            preset=preset,
-            config=overrides,
-            config_file=config,
-            hooks=hook,
-            label_range=label_range,
-            device=device,
-            runs=runs,
-            plugins=plugin,
-            force=force,
-            watcher=watcher,
-        )
+    try:
+        with make_watcher(err) as watcher:
+            result = run_model(
+                model,
+                dataset,
+                data=data,
+                text_encoder=text_encoder,
+                seeds=seed_numbers,
+                preset=preset,
+                config=overrides,
+                config_file=config,
+                hooks=hook,
+                label_range=label_range,
+                device=device,
+                runs=runs,
+                plugins=plugin,
+                force=force,
+                watcher=watcher,
+            )
+    except KeyboardInterrupt:
+        err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
+        raise typer.Exit(130) from None
     if as_json:
         sys.stdout.write(result.to_json() + "\n")
     else:
         _show_result(result)
-    return 0 if len(result.ok) == len(result.runs) else 1
+    if len(result.ok) < len(result.runs):
+        raise typer.Exit(1)
 
 
 def _seeds(texts: Iterable[str]) -> list[int]:
@@ -176,7 +174,7 @@ def list_(
     plugin: Plugin = [],
     as_json: AsJson = False,
     debug: Debug = False,
-) -> int:
+) -> None:
     """List what is registered, without importing it."""
     from .plugins import Plugins
 
@@ -190,8 +188,10 @@ def list_(
             failed = isinstance(found, BenchmarkError)
             broken |= failed
             rows.append(
-                _row(entry, status="failed" if failed else "ok", summary=str(found if failed else found.summary))
+                _row(entry, status="failed", summary="") if failed else _row(entry, status="ok", summary=found.summary)
             )
+            if failed:
+                _complain(str(found))
     else:
         rows = [_row(entry) for entry in plugins.entries(KINDS[kind])]
     if as_json:
@@ -202,7 +202,8 @@ def list_(
         _print_table(kind, [{key: str(value) for key, value in row.items()} for row in rows])
     else:
         out.print(f"no {kind} are registered")
-    return 1 if broken else 0
+    if broken:
+        raise typer.Exit(1)
 
 
 def _row(entry: Entry, **more: str) -> dict[str, str]:
@@ -236,7 +237,7 @@ def describe(
 def check(
     target: Annotated[str, typer.Argument(help="A registered model, or the FILE.py of one.")],
     debug: Debug = False,
-) -> int:
+) -> None:
     """Check a model against the contract, for plugin authors."""
     from .plugins import Plugins
     from .testing import inspect_model
@@ -244,7 +245,9 @@ def check(
     is_file = target.endswith(".py")
     plugins = Plugins([target] if is_file else [])
     entries = plugins.entries("model")
-    names = [entry.name for entry in entries if entry.target.startswith(target)] if is_file else [target]
+    names = [entry.name for entry in entries if entry.target == target] if is_file else [target]
+    if not names:
+        raise InputError(f"{target} holds no model")
     failed = False
     for name in names:
         spec = plugins.load("model", name)
@@ -254,7 +257,8 @@ def check(
             mark = "[red]fault[/]" if result.fault else "[green]ok[/]   "
             detail = f": {escape(result.fault)}" if result.fault else ""
             out.print(f"  {mark} {escape(result.name)}{detail}", highlight=False, soft_wrap=True)
-    return 1 if failed else 0
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command("import-checkpoint")

@@ -34,8 +34,8 @@ def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") 
     Raises:
         InputError: no clips, shapes that differ or are not (N), or a value that is not finite.
 
-    >>> regression([1.2, -0.4, 2.0], [1.0, 0.0, -3.0])["MAE"]
-    1.8666666746139526
+    >>> round(regression([1.2, -0.4, 2.0], [1.0, 0.0, -3.0])["MAE"], 4)
+    1.8667
     """
     p, t = _vectors(pred, truth)
     if family == "sims":
@@ -55,14 +55,15 @@ def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") 
         }
     else:
         raise InputError(f"metrics exist for the families mosi and sims, got {family!r}")
-    return scores | {"MAE": float(np.mean(np.abs(p - t), dtype=np.float64)), "Corr": _correlation(p, t)}
+    return scores | {"MAE": float(np.abs(p.astype(np.float64) - t).mean()), "Corr": _correlation(p, t)}
 
 
 def classification(logits: Any, classes: Any) -> dict[str, float]:
     """Return the metrics of three-way classification: 0 negative, 1 neutral, 2 positive.
 
     `Acc_3`, `F1_score_3` are over the three classes; `Has0_*` asks whether a clip is positive and `Non0_*`, over clips
-    that are not neutral, which of the two it is, both by the larger of the negative and the positive logit.
+    that are not neutral, which of the two it is, both by the larger of the negative and the positive logit. `Non0_*`
+    are NaN where every clip is neutral.
 
     Args:
         logits: (N, 3).
@@ -90,12 +91,15 @@ def classification(logits: Any, classes: Any) -> dict[str, float]:
 
 
 def _vectors(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
-    p, t = np.asarray(pred, dtype=np.float32), np.asarray(truth, dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused below
+        p, t = np.asarray(pred, dtype=np.float32), np.asarray(truth, dtype=np.float32)
     if p.ndim != 1 or p.shape != t.shape or not len(p):
         raise InputError(f"expected predictions and labels of one shape (N), got {p.shape} and {t.shape}")
     for name, values in (("predictions", p), ("labels", t)):
         if not np.isfinite(values).all():
-            raise InputError(f"{np.count_nonzero(~np.isfinite(values))} of {len(values)} {name} are not finite")
+            raise InputError(
+                f"{np.count_nonzero(~np.isfinite(values))} of {len(values)} {name} are not finite in float32"
+            )
     return p, t
 
 

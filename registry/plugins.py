@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,18 +31,23 @@ _SPECS = {"model": "ModelSpec", "dataset": "DatasetSpec", "hook": "HookSpec"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A plugin as it is announced; `spec` is set where a `--plugin` file has been loaded already."""
+    """A plugin as it is announced, by an installed package's entry point or by a `--plugin` file that is loaded."""
 
     name: str
     distribution: str
     version: str
     target: str
-    spec: Any = field(default=None, compare=False, repr=False)
+    source: Any = field(compare=False, repr=False)
+    """the entry point, or what a `--plugin` file holds"""
 
     @property
     def origin(self) -> str:
         """Where it comes from, for messages."""
         return f"{self.distribution} {self.version} ({self.target})".replace("  ", " ")
+
+    def load(self) -> Any:
+        """Return the spec, imported where it is not yet; raises whatever importing it raises."""
+        return _spec_of(self.source.load() if isinstance(self.source, metadata.EntryPoint) else self.source)
 
 
 class Plugins:
@@ -51,17 +58,19 @@ class Plugins:
     """
 
     def __init__(self, files: Sequence[str] = ()) -> None:
-        self._given = [entry for file in files for entry in _entries_of_file(str(file))]
+        once = {os.path.realpath(file) if file.endswith(".py") else file: file for file in map(str, files)}
+        self._given = [entry for file in once.values() for entry in _entries_of_file(file)]
 
     def entries(self, kind: str) -> list[Entry]:
         """Return every plugin of a kind ("model", "dataset", "hook"), by name; nothing is imported."""
-        found = {entry for kind_of_entry, entry in self._given if kind_of_entry == kind}
+        installed = set()
         for point in metadata.entry_points(group=GROUPS[kind]):
             name, version = "unknown", ""
             if point.dist is not None:
                 name, version = point.dist.name or name, point.dist.version or version
-            found.add(Entry(point.name, name, version, point.value))
-        return sorted(found, key=lambda entry: (entry.name, entry.origin))
+            installed.add(Entry(point.name, name, version, point.value, point))
+        given = [entry for kind_of_entry, entry in self._given if kind_of_entry == kind]
+        return sorted([*installed, *given], key=lambda entry: (entry.name, entry.origin))
 
     def load(self, kind: str, name: str) -> Any:
         """Return the spec of a name.
@@ -73,7 +82,7 @@ class Plugins:
         if not found:
             raise InputError(unknown(kind, name, {entry.name for entry in self.entries(kind)}))
         # A --plugin file may import an installed spec under its own name.
-        if len(found) > 1 and len({id(_resolve(kind, entry)) for entry in found}) > 1:
+        if len(found) > 1 and not _are_one(found):
             raise InputError(f"{kind} {name!r} is announced twice: {' and '.join(entry.origin for entry in found)}")
         return _resolve(kind, found[0])
 
@@ -105,24 +114,28 @@ class Plugins:
         return results
 
 
+def _are_one(entries: Sequence[Entry]) -> bool:
+    try:
+        return len({id(entry.load()) for entry in entries}) == 1
+    except (Exception, SystemExit):
+        return False
+
+
 def _resolve(kind: str, entry: Entry) -> Any:
-    spec = entry.spec
-    if spec is None:
-        module, _, attributes = entry.target.partition(":")
-        try:
-            spec = importlib.import_module(module)
-            for attribute in filter(None, attributes.split(".")):
-                spec = getattr(spec, attribute)
-        except (Exception, SystemExit) as error:
-            raise InputError(
-                f"{kind} {entry.name!r} of {entry.origin} cannot be used: {type(error).__name__}: {error}"
-            ) from error
-        spec = _spec_of(spec)
-    if type(spec).__name__ != _SPECS[kind] or not _kind_of(spec) == kind:
+    try:
+        spec = entry.load()
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{kind} {entry.name!r} of {entry.origin} cannot be used: {_cause(error)}") from error
+    if _kind_of(spec) != kind:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} is not a registry.{_SPECS[kind]}")
     if spec.name != entry.name:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} calls itself {spec.name!r}; the names must be equal")
     return spec
+
+
+def _cause(error: BaseException) -> str:
+    """Return an error of somebody else's code as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _spec_of(value: Any) -> Any:
@@ -139,27 +152,37 @@ def _kind_of(value: Any) -> str | None:
 
 def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
     """Import a `--plugin` and return every spec in its namespace, with its kind."""
+    is_file = given.endswith(".py")
+    if is_file and not os.path.isfile(given):
+        raise InputError(f"plugin {given} does not exist")
     try:
-        module = _import_path(Path(given)) if given.endswith(".py") else importlib.import_module(given)
-    except InputError:
-        raise
+        # What stands beside a file, or in the working folder, is not installed; the console script does not see it.
+        with _on_path(os.path.dirname(os.path.realpath(given)) if is_file else os.getcwd()):
+            module = _import_path(Path(given)) if is_file else importlib.import_module(given)
     except (Exception, SystemExit) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise InputError(f"plugin {given} cannot be imported{where}: {type(error).__name__}: {error}") from error
-    specs = [_spec_of(value) for name, value in vars(module).items() if not name.startswith("_")]
-    found = {
-        id(spec): (kind, Entry(spec.name, "--plugin", "", given, spec)) for spec in specs if (kind := _kind_of(spec))
+        raise InputError(f"plugin {given} cannot be imported{where}: {_cause(error)}") from error
+    specs = {
+        id(spec): spec for name, value in vars(module).items() if _kind_of(spec := _spec_of(value)) and name[0] != "_"
     }
-    if not found:
+    if not specs:
         raise InputError(
             f"plugin {given} holds no ModelSpec, DatasetSpec or HookSpec, and no class with @register_model"
         )
-    return list(found.values())
+    return [(str(_kind_of(spec)), Entry(spec.name, "--plugin", "", given, spec)) for spec in specs.values()]
+
+
+@contextmanager
+def _on_path(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the plugin may have taken it out
+            sys.path.remove(folder)
 
 
 def _import_path(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"plugin {path} does not exist")
     # One name a path: dataclasses and pydantic look their module up by it.
     name = f"_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -57,8 +57,16 @@ def check_model(spec: ModelSpec) -> None:
 
 
 def inspect_model(spec: ModelSpec) -> list[Check]:
-    """Run every check and return the results; a model that cannot be built has only the first."""
-    case = _Case(spec)
+    """Run every check and return the results; a model that cannot be built has only the first.
+
+    The checks have a seed of their own, and leave torch's global random state as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _run_checks(_Case(spec))
+
+
+def _run_checks(case: _Case) -> list[Check]:
     checks: list[tuple[str, Callable[[], None]]] = [
         ("builds and runs", case.runs),
         ("shapes", case.shapes),
@@ -110,7 +118,7 @@ class _Case:
         )
         self.rows = torch.arange(_N)
 
-    def build(self) -> nn.Module:
+    def build(self, seed: int = 0) -> nn.Module:
         dataset = DatasetSpec(name="mosi", summary="", language="en", label_range=3.0, metrics="mosi")
         self.config = resolve(self.spec, [], dataset).model
         needs = self.spec.needs(self.config) if callable(self.spec.needs) else self.spec.needs
@@ -127,9 +135,8 @@ class _Case:
             aligned="alignment" in needs,
             text_encoder=TextEncoder.from_config(_BERT, name="tiny"),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return self.spec.build(self.config, info)
+        torch.manual_seed(seed)
+        return self.spec.build(self.config, info)
 
     def runs(self) -> None:
         self.model = self.build()
@@ -146,11 +153,12 @@ class _Case:
         widths = getattr(self.model, "feature_dims", None)
         if widths is None:
             raise _Fault("the model has no feature_dims (a dict, empty if it returns no features)")
-        found = {name: feature.shape[1:] for name, feature in self.output.features.items()}
-        if found != {name: (width,) for name, width in widths.items()}:
-            raise _Fault(
-                f"feature_dims says {dict(widths)}, forward returns { {k: list(v) for k, v in found.items()} }"
-            )
+        found = {name: tuple(feature.shape) for name, feature in self.output.features.items()}
+        if found != {name: (_N, width) for name, width in widths.items()}:
+            raise _Fault(f"feature_dims says {dict(widths)}, forward returns features of shape {found}, B is {_N}")
+        for name, prediction in self.output.unimodal.items():
+            if prediction.shape != (_N,):
+                raise _Fault(f"unimodal[{name!r}] must have shape ({_N},), got {tuple(prediction.shape)}")
         wrong = [name for name, loss in self.output.losses.items() if loss.dim()]
         if wrong:
             raise _Fault(f"losses must be scalars, {', '.join(wrong)} is not")
@@ -172,7 +180,7 @@ class _Case:
         padded = self._evaluate(self._untrimmed())
         for what, other in (("alone", alone), ("padded to the file's length", padded)):
             gap = float((together - other).abs().max())
-            if gap > TOLERANCE:
+            if not gap <= TOLERANCE:  # NaN is a fault too
                 raise _Fault(f"a clip {what} is predicted up to {gap:.2g} away from the same clip in a batch")
 
     def _untrimmed(self) -> Batch:
@@ -198,7 +206,7 @@ class _Case:
             raise _Fault("the prediction changes when labels and row numbers are withheld")
 
     def save_and_load(self) -> None:
-        again = self.build()
+        again = self.build(seed=1)
         again.load_state_dict(self.model.state_dict())
         if not torch.equal(
             self._evaluate(self.split.batch(self.rows), again), self._evaluate(self.split.batch(self.rows))
@@ -210,6 +218,16 @@ class _Case:
         if self.spec.per_sample and (batch_norms or self.output.losses or self.config.clip_value is not None):
             reason = f"BatchNorm ({batch_norms[0]})" if batch_norms else "batch-level losses or clipping"
             raise _Fault(f"the spec says per_sample=True, and the model has {reason}")
+        others = self.rows.clamp(max=1)  # the first clip is the longest: both batches have one shape
+        gap = float((self._first_in_training(self.rows) - self._first_in_training(others)).abs())
+        if self.spec.per_sample and not gap <= TOLERANCE:
+            raise _Fault("the spec says per_sample=True, and in training a clip's prediction depends on its batch")
+
+    @torch.no_grad()
+    def _first_in_training(self, rows: Tensor) -> Tensor:
+        """Return the first clip's prediction in training mode, with the same dropout in every call."""
+        torch.manual_seed(0)
+        return self.model.train()(self.split.batch(rows)).prediction[0]
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch, model: nn.Module | None = None) -> Tensor:

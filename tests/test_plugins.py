@@ -1,0 +1,473 @@
+"""Finding plugins: entry points of installed distributions, files and modules given with `--plugin`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from registry import DatasetSpec, HookSpec, InputError, ModelSpec, TrainingHook, register_model
+from registry.plugins import Entry, Plugins
+from selfmm_plugin.plugin import SELF_MM, ULGM
+
+MODEL = 'from registry import ModelSpec\nSPEC = ModelSpec(name="{0}", summary="{0} of {1}", build=None)\n'
+KINDS = {"model": ModelSpec, "hook": HookSpec, "dataset": DatasetSpec}
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Return a function that lays a distribution of one module where pip would, without pip."""
+    before = set(sys.modules)
+
+    def put(distribution: str, code: str, group: str = "mmsa.models", **points: str) -> None:
+        folder = tmp_path / distribution
+        info = folder / f"{distribution}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        lines = [f"{name} = {target}" for name, target in points.items()]
+        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
+        (folder / f"{distribution}.py").write_text(dedent(code))
+        monkeypatch.syspath_prepend(folder)
+
+    yield put
+    for name in set(sys.modules) - before:
+        if name.startswith(("stranger", "_plugin_")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def plugin_file(tmp_path: Path) -> Callable[..., str]:
+    def write(code: str, name: str = "my_model.py") -> str:
+        path = tmp_path / name
+        path.write_text(dedent(code))
+        return str(path)
+
+    return write
+
+
+def refusal(name: str, kind: str = "model", files: tuple[str, ...] = ()) -> str:
+    """Return the message with which a plugin, or a `--plugin` file, is refused."""
+    with pytest.raises(InputError) as caught:
+        Plugins(files).load(kind, name)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def names(kind: str, files: tuple[str, ...] = ()) -> list[str]:
+    return [entry.name for entry in Plugins(files).entries(kind)]
+
+
+def checked(kind: str = "model") -> Mapping[str, Any]:
+    """Return what `check` finds, by name."""
+    return {entry.name: found for entry, found in Plugins().check(kind)}
+
+
+# --- entry points
+
+
+def test_an_entry_is_listed_with_its_origin_and_not_imported(install):
+    install("stranger", MODEL.format("mine", "stranger"), mine="stranger:SPEC")
+    (entry,) = [entry for entry in Plugins().entries("model") if entry.name == "mine"]
+    assert entry == Entry("mine", "stranger", "1.0", "stranger:SPEC", None)
+    assert entry.origin == "stranger 1.0 (stranger:SPEC)"
+    assert "stranger" not in sys.modules
+
+
+def test_a_broken_plugin_is_listed_like_any_other(install):
+    install("stranger", "raise ImportError('never reached')", mine="stranger:SPEC")
+    assert "mine" in names("model")
+
+
+def test_load_imports_and_returns_the_spec(install):
+    install("stranger", MODEL.format("mine", "stranger"), mine="stranger:SPEC")
+    spec = Plugins().load("model", "mine")
+    assert isinstance(spec, ModelSpec)
+    assert spec.summary == "mine of stranger"
+    assert spec is sys.modules["stranger"].SPEC
+
+
+@pytest.mark.parametrize("target", ["stranger:Mine", "stranger:Box.Inner"])
+def test_a_registered_class_and_a_nested_one_are_targets(install, target):
+    code = """
+        import torch
+        from registry import register_model
+
+        @register_model("mine", summary="a class")
+        class Mine(torch.nn.Module):
+            pass
+
+        class Box:
+            Inner = Mine
+    """
+    install("stranger", code, mine=target)
+    spec = Plugins().load("model", "mine")
+    assert (spec.summary, spec.build) == ("a class", sys.modules["stranger"].Mine)
+
+
+def test_blanks_and_extras_in_an_entry_point_are_read_as_the_standard_library_does(install):
+    install("stranger", MODEL.format("mine", "stranger"), mine="stranger : SPEC [extra]")
+    assert Plugins().load("model", "mine").name == "mine"
+
+
+def test_a_subclass_does_not_inherit_its_parents_name(install):
+    code = """
+        import torch
+        from registry import register_model
+
+        @register_model("parent")
+        class Parent(torch.nn.Module):
+            pass
+
+        class Child(Parent):
+            pass
+    """
+    install("stranger", code, parent="stranger:Child")
+    assert "is not a registry.ModelSpec" in refusal("parent")
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "code"),
+    [
+        ("hook", "mmsa.hooks", "from registry import HookSpec as S\nSPEC = S(name='mine', summary='', build=None)"),
+        (
+            "dataset",
+            "mmsa.datasets",
+            "from registry import DatasetSpec as S\n"
+            "SPEC = S(name='mine', summary='', language='en', label_range=3.0, metrics='mosi')",
+        ),
+    ],
+)
+def test_hooks_and_datasets_join_likewise(install, kind, group, code):
+    install("stranger", code, group=group, mine="stranger:SPEC")
+    assert "mine" in names(kind)
+    assert "mine" not in names("model")
+    assert Plugins().load(kind, "mine").name == "mine"
+
+
+def test_the_registrys_own_are_found_like_anybody_elses():
+    plugins = Plugins()
+    own = {kind: [e.name for e in plugins.entries(kind) if e.distribution == "selfmm-plugin"] for kind in KINDS}
+    assert "self_mm" in own["model"]
+    assert "ulgm" in own["hook"]
+    assert {"custom", "demo", "mosei", "mosi", "sims", "simsv2"} <= set(own["dataset"])
+    assert plugins.load("model", "self_mm") is SELF_MM
+    assert plugins.load("hook", "ulgm") is ULGM
+    for kind, spec_class in KINDS.items():
+        found = [spec for entry, spec in plugins.check(kind) if entry.distribution == "selfmm-plugin"]
+        assert len(found) == len(own[kind])
+        assert all(isinstance(spec, spec_class) for spec in found), found
+
+
+# --- plugins that are broken
+
+BROKEN = {
+    "import": ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+    "syntax": ("x = 1\nif x print(x)", "SyntaxError"),
+    "exit": ("raise SystemExit('go away')", "SystemExit: go away"),
+    "anything": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "attribute": ("x = 1", "AttributeError: module 'stranger' has no attribute 'SPEC'"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_plugin_stands_in_its_place_and_the_others_load(install, fault):
+    code, cause = BROKEN[fault]
+    install("stranger", code, mine="stranger:SPEC")
+    install("stranger_good", MODEL.format("good", "stranger_good"), good="stranger_good:SPEC")
+    found = checked()
+    assert isinstance(found["mine"], InputError)
+    for part in ("model 'mine'", "stranger 1.0", cause):
+        assert part in str(found["mine"])
+    assert found["good"].summary == "good of stranger_good"
+    assert found["self_mm"] is SELF_MM
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_loading_a_broken_plugin_says_whose_it_is_and_why(install, fault):
+    code, cause = BROKEN[fault]
+    install("stranger", code, mine="stranger:SPEC")
+    message = refusal("mine")
+    assert message.startswith("model 'mine' of stranger 1.0 (stranger:SPEC) cannot be used: ")
+    assert cause in message
+
+
+def test_the_cause_is_one_line_even_where_the_exception_has_many(install):
+    # Pydantic's errors have a line for each field; a misspelt Training(...) in a plugin raises one.
+    install("stranger", "from registry import Training\nTraining(batch_size=0, epochs='a')", mine="stranger:SPEC")
+    assert "batch_size" in refusal("mine")
+
+
+def test_an_interrupt_while_importing_is_not_swallowed(install):
+    install("stranger", "raise KeyboardInterrupt", mine="stranger:SPEC")
+    with pytest.raises(KeyboardInterrupt):
+        Plugins().check("model")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "HookSpec(name='mine', summary='', build=None)",
+        "'mine'",
+        "3",
+        "None",
+        "type('ModelSpec', (), {'name': 'mine'})()",  # the name alone does not make it one
+    ],
+)
+def test_an_entry_point_must_name_a_spec_of_its_kind(install, value):
+    install("stranger", f"from registry import HookSpec\nSPEC = {value}", mine="stranger:SPEC")
+    assert refusal("mine") == "model 'mine' of stranger 1.0 (stranger:SPEC) is not a registry.ModelSpec"
+
+
+def test_an_entry_point_that_names_only_a_module(install):
+    install("stranger", MODEL.format("mine", "stranger"), mine="stranger")
+    assert refusal("mine") == "model 'mine' of stranger 1.0 (stranger) is not a registry.ModelSpec"
+
+
+def test_a_spec_of_another_name_is_refused(install):
+    install("stranger", MODEL.format("yours", "stranger"), mine="stranger:SPEC")
+    assert "model 'mine' of stranger 1.0 (stranger:SPEC) calls itself 'yours'" in refusal("mine")
+
+
+# --- names
+
+
+def test_two_plugins_with_one_name_are_both_named(install):
+    for distribution in ("stranger_a", "stranger_b"):
+        install(distribution, MODEL.format("mine", distribution), mine=f"{distribution}:SPEC")
+    message = refusal("mine")
+    assert message.startswith("model 'mine' is announced twice: ")
+    assert "stranger_a 1.0" in message
+    assert "stranger_b 1.0" in message
+    found = [error for entry, error in Plugins().check("model") if entry.name == "mine"]
+    assert len(found) == 2
+    assert all("announced twice" in str(error) for error in found)
+
+
+def test_both_are_named_even_where_one_of_them_is_broken(install):
+    install("stranger", "import no_such_package", self_mm="stranger:SPEC")
+    message = refusal("self_mm")
+    assert "stranger 1.0" in message
+    assert "selfmm-plugin" in message
+
+
+def test_a_collision_leaves_other_names_alone(install):
+    install("stranger", MODEL.format("self_mm", "stranger"), self_mm="stranger:SPEC")
+    assert "selfmm-plugin" in refusal("self_mm")
+    assert Plugins().load("hook", "ulgm") is ULGM
+
+
+def test_one_name_in_two_groups_is_no_collision(install):
+    install("stranger", MODEL.format("ulgm", "stranger"), ulgm="stranger:SPEC")
+    plugins = Plugins()
+    assert plugins.load("model", "ulgm").summary == "ulgm of stranger"
+    assert plugins.load("hook", "ulgm") is ULGM
+
+
+def test_the_same_spec_announced_twice_is_no_collision(install, plugin_file):
+    install("stranger", MODEL.format("mine", "stranger"), mine="stranger:SPEC")
+    file = plugin_file("from stranger import SPEC\nfrom selfmm_plugin.plugin import SELF_MM")
+    plugins = Plugins([file])
+    assert plugins.load("model", "mine") is sys.modules["stranger"].SPEC
+    assert plugins.load("model", "self_mm") is SELF_MM
+
+
+def test_a_file_that_takes_an_installed_name_is_a_collision(plugin_file):
+    file = plugin_file(MODEL.format("self_mm", "file"))
+    message = refusal("self_mm", files=(file,))
+    assert "selfmm-plugin" in message
+    assert file in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "meant"),
+    [
+        ("model", "self_nm", "self_mm"),
+        ("model", "SELF_MM", "self_mm"),
+        ("hook", "ulmg", "ulgm"),
+        ("dataset", "mosy", "mosi"),
+    ],
+)
+def test_an_unknown_name_brings_the_available_and_the_nearest(kind, given, meant):
+    message = refusal(given, kind)
+    assert message.startswith(f"unknown {kind} {given!r}, did you mean {meant!r}? (available: ")
+    assert all(name in message for name in names(kind))
+
+
+def test_an_unknown_name_that_resembles_nothing():
+    assert "did you mean" not in refusal("zzzzzz")
+
+
+# --- files and modules given with --plugin
+
+
+def test_a_file_brings_every_spec_in_it(plugin_file):
+    code = """
+        import torch
+        from registry import DatasetSpec, HookSpec, TrainingHook, register_model
+
+        @register_model("late", summary="a class")
+        class Late(torch.nn.Module):
+            pass
+
+        HOOK = HookSpec(name="extra", summary="", build=TrainingHook)
+        DATA = DatasetSpec(name="mine", summary="", language="en", label_range=1.0, metrics="sims")
+    """
+    file = plugin_file(code)
+    plugins = Plugins([file])
+    assert plugins.load("model", "late").summary == "a class"
+    assert plugins.load("hook", "extra").build is TrainingHook
+    assert plugins.load("dataset", "mine").metrics == "sims"
+    (entry,) = [entry for entry in plugins.entries("model") if entry.name == "late"]
+    assert entry.origin == f"--plugin ({file})"
+    assert "late" not in names("model")
+
+
+def test_a_file_can_hold_dataclasses_and_configs(plugin_file):
+    code = """
+        from __future__ import annotations
+        from dataclasses import dataclass, field
+        from registry import Config, ModelSpec
+
+        @dataclass
+        class Part:
+            width: int = 3
+            parts: list[Part] = field(default_factory=list)
+
+        class Mine(Config):
+            width: int | None = 4
+            other: Mine | None = None
+
+        SPEC = ModelSpec(name="mine", summary="", build=Part, config=Mine)
+    """
+    spec = Plugins([plugin_file(code)]).load("model", "mine")
+    assert spec.config(width=5, other=spec.config()).other.width == 4
+    assert spec.build().width == 3
+
+
+def test_the_same_file_twice_is_one_plugin(plugin_file):
+    file = plugin_file(MODEL.format("mine", "file"))
+    assert names("model", (file, file)).count("mine") == 1
+    assert Plugins([file, file]).load("model", "mine").name == "mine"
+
+
+def test_one_file_under_two_spellings_is_one_plugin(plugin_file, tmp_path, monkeypatch):
+    file = plugin_file(MODEL.format("mine", "file"))
+    monkeypatch.chdir(tmp_path)
+    assert Plugins([file, "my_model.py"]).load("model", "mine").name == "mine"
+
+
+def test_two_specs_of_one_name_in_one_file_are_a_collision(plugin_file):
+    code = MODEL.format("mine", "first") + MODEL.format("mine", "second").replace("SPEC =", "OTHER =")
+    assert "announced twice" in refusal("mine", files=(plugin_file(code),))
+
+
+def test_two_files_of_one_name_are_two_modules(plugin_file, tmp_path):
+    (tmp_path / "sub").mkdir()
+    files = [plugin_file(MODEL.format("a", "file")), plugin_file(MODEL.format("b", "file"), "sub/my_model.py")]
+    plugins = Plugins(files)
+    assert [plugins.load("model", name).summary for name in "ab"] == ["a of file", "b of file"]
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+    file = str(tmp_path / "none.py")
+    assert refusal("mine", files=(file,)) == f"plugin {file} does not exist"
+
+
+def test_a_syntax_error_comes_with_its_line(plugin_file):
+    message = refusal("mine", files=(plugin_file("x = 1\ny = 2\nif x print(y)\n"),))
+    assert "my_model.py cannot be imported, line 3: SyntaxError" in message
+
+
+@pytest.mark.parametrize("code", ["import no_such_package", "raise SystemExit(0)", "1 / 0"])
+def test_a_file_that_fails_leaves_no_module_behind(plugin_file, code):
+    before = set(sys.modules)
+    file = plugin_file(code)
+    assert refusal("mine", files=(file,)).startswith(f"plugin {file} cannot be imported: ")
+    assert not [name for name in set(sys.modules) - before if name.startswith("_plugin_")]
+
+
+def test_a_file_without_a_spec(plugin_file):
+    # A private name and the class ModelSpec itself are no announcement.
+    file = plugin_file(MODEL.format("mine", "file").replace("SPEC =", "_SPEC ="))
+    assert refusal("mine", files=(file,)).startswith(f"plugin {file} holds no ModelSpec, DatasetSpec or HookSpec")
+
+
+def test_a_dotted_module(tmp_path, monkeypatch):
+    package = tmp_path / "stranger_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "models.py").write_text(MODEL.format("mine", "module"))
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        plugins = Plugins(["stranger_package.models"])
+        assert plugins.load("model", "mine") is sys.modules["stranger_package.models"].SPEC
+    finally:
+        for name in ("stranger_package", "stranger_package.models"):
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("module", ["no_such.module", "", ".relative", "no/such/folder"])
+def test_a_module_that_cannot_be_found(module):
+    assert refusal("mine", files=(module,)).startswith(f"plugin {module} cannot be imported: ")
+
+
+def test_register_model_gives_a_class_its_own_spec():
+    class Model(TrainingHook):
+        pass
+
+    made = register_model("mine", summary="s", per_sample=True, needs=("audio",))(Model)
+    assert made is Model
+    assert (Model.spec.name, Model.spec.summary, Model.spec.build) == ("mine", "s", Model)
+    assert (Model.spec.per_sample, Model.spec.needs) == (True, ("audio",))
+
+
+# --- MODEL+HOOK
+
+TWO = """
+    from registry import HookSpec, ModelSpec, TrainingHook
+    A = ModelSpec(name="a", summary="", build=None, hooks=("own",))
+    OWN, B, C = (HookSpec(name=name, summary="", build=TrainingHook) for name in ("own", "b", "c"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "name", "hooks"),
+    [
+        ("a", (), "a", ["own"]),
+        ("a+b", (), "a+b", ["own", "b"]),
+        ("a+b+c", (), "a+b+c", ["own", "b", "c"]),
+        ("a+c", ("b",), "a+c+b", ["own", "c", "b"]),
+    ],
+)
+def test_a_model_borrows_hooks_by_name(plugin_file, given, more, name, hooks):
+    full, spec, found = Plugins([plugin_file(TWO)]).load_model(given, more)
+    assert (full, spec.name, [hook.name for hook in found]) == (name, "a", hooks)
+
+
+@pytest.mark.parametrize("given", ["", "+", "a+", "+b", "a++b"])
+def test_a_model_name_with_an_empty_part_is_refused(plugin_file, given):
+    with pytest.raises(InputError, match="NAME or NAME\\+HOOK") as caught:
+        Plugins([plugin_file(TWO)]).load_model(given)
+    assert repr(given) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "reason"),
+    [
+        ("a+own", (), "hook 'own' cannot be added to 'a': a is always trained with it"),
+        ("a+b+b", (), "hook 'b' cannot be added to 'a': it is named twice"),
+        ("a+b", ("b",), "hook 'b' cannot be added to 'a': it is named twice"),
+        ("a+bb", (), "unknown hook 'bb'"),
+        ("aa+b", (), "unknown model 'aa', did you mean 'a'?"),
+    ],
+)
+def test_a_hook_that_is_there_already_or_unknown_is_refused(plugin_file, given, more, reason):
+    with pytest.raises(InputError) as caught:
+        Plugins([plugin_file(TWO)]).load_model(given, more)
+    assert str(caught.value).startswith(reason)
