@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,8 @@ def run(
     from .progress import make_watcher
 
     try:
-        with make_watcher(err) as watcher:
+        # What a plugin prints is not a result.
+        with make_watcher(err) as watcher, redirect_stdout(sys.stderr):
             result = run_model(
                 model,
                 dataset,

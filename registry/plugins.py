@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -47,7 +47,10 @@ class Entry:
 
     def load(self) -> Any:
         """Return the spec, imported where it is not yet; raises whatever importing it raises."""
-        return _spec_of(self.source.load() if isinstance(self.source, metadata.EntryPoint) else self.source)
+        if not isinstance(self.source, metadata.EntryPoint):
+            return _spec_of(self.source)
+        with redirect_stdout(sys.stderr):  # standard output is for results
+            return _spec_of(self.source.load())
 
 
 class Plugins:
@@ -157,7 +160,8 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
         raise InputError(f"plugin {given} does not exist")
     try:
         # What stands beside a file, or in the working folder, is not installed; the console script does not see it.
-        with _on_path(os.path.dirname(os.path.realpath(given)) if is_file else os.getcwd()):
+        folder = os.path.dirname(os.path.realpath(given)) if is_file else os.getcwd()
+        with _on_path(folder), redirect_stdout(sys.stderr):
             module = _import_path(Path(given)) if is_file else importlib.import_module(given)
     except (Exception, SystemExit) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""

@@ -471,3 +471,22 @@ def test_a_hook_that_is_there_already_or_unknown_is_refused(plugin_file, given, 
     with pytest.raises(InputError) as caught:
         Plugins([plugin_file(TWO)]).load_model(given, more)
     assert str(caught.value).startswith(reason)
+
+
+def test_what_a_plugin_prints_does_not_reach_standard_output(install, tmp_path, capsys):
+    install("stranger", "print('loud')\n" + MODEL.format("mine", "stranger"), mine="stranger:SPEC")
+    Plugins().load("model", "mine")
+    (tmp_path / "loud.py").write_text("print('louder')\n" + MODEL.format("other", "loud"))
+    Plugins([str(tmp_path / "loud.py")])
+    assert capsys.readouterr() == ("", "loud\nlouder\n")
+
+
+def test_a_file_finds_its_neighbours_and_a_module_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "neighbour_of_mine.py").write_text("SUMMARY = 'from next door'")
+    (tmp_path / "beside.py").write_text("from neighbour_of_mine import SUMMARY\n" + MODEL.format("beside", "beside"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    before = list(sys.path)
+    assert Plugins([str(tmp_path / "beside.py")]).load("model", "beside").name == "beside"
+    assert Plugins(["beside"]).load("model", "beside").name == "beside"
+    assert sys.path == before
