@@ -81,7 +81,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} is not a state dict: it must hold named tensors and nothing else")
@@ -92,7 +92,7 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     plan = job.plan
     network = plan.spec.build(plan.config.model, job.info)
     try:
-        network.load_state_dict({k: v for k, v in found["model"].items() if not k.endswith("position_ids")})
+        network.load_state_dict(found["model"])
     except RuntimeError as error:
         raise InputError(f"{path} does not fit {plan.name}: {str(error).splitlines()[-1].strip()}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -58,7 +58,9 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
             foreign
         )
         raise InputError(f"this is not a checkpoint of upstream's Self-MM: {' and '.join(faults)}")
-    renamed = {_rename(name): tensor for name, tensor in state.items() if ".pooler." not in name}
+    # Nothing reads the pooler, and only older versions of transformers save position ids.
+    kept = {name: tensor for name, tensor in state.items() if ".pooler." not in name and "position_ids" not in name}
+    renamed = {_rename(name): tensor for name, tensor in kept.items()}
 
     def rnn(name: str) -> tuple[int, int, int]:
         """Return hidden width, number of layers and input width of an upstream LSTM."""
@@ -124,9 +126,7 @@ def network_from_state(state_dict: Mapping[str, Tensor], text_config: Mapping[st
         )
     network = SelfMM(SelfMMConfig(**translation.config), data)
     try:
-        # Older transformers saved position ids among the weights.
-        keep = {name: t for name, t in translation.network.items() if not name.endswith("position_ids")}
-        network.load_state_dict(keep)
+        network.load_state_dict(translation.network)
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit the text encoder's configuration: {error}") from error
     return network

@@ -9,10 +9,11 @@ side by side. Needs the package MMSA (extra `test`).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -158,7 +159,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in _seeds([options.seeds]):
             for name, train in (("upstream", upstream), ("ours", ours)):
-                figures[name].append(train(options, seed, Path(folder)))
+                with redirect_stderr(io.StringIO()):  # upstream's bars would bury the figures
+                    figures[name].append(train(options, seed, Path(folder)))
                 last = figures[name][-1]
                 print(f"{name} {seed}: validation MAE {last['valid_mae']:.4f}, test MAE {last['test']['MAE']:.4f}")
                 if options.output:
