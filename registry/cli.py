@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .plugins import Entry
 
 app = typer.Typer(
-    help="Train, test and compare models of multimodal sentiment analysis under one protocol.",
+    help="Train and test models of multimodal sentiment analysis under one protocol.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

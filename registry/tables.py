@@ -44,7 +44,10 @@ def artifact_tables(result: Result, most_rows: int) -> dict[str, Rows]:
             continue
         key = list(found[0].select_dtypes(exclude="number").columns)
         mean = pd.concat(found).groupby(key, sort=False).mean().reset_index() if key else found[0]
-        tables[name] = [{str(column): _text(value) for column, value in row.items()} for row in mean.to_dict("records")]
+        tables[name] = [
+            {str(column): f"{value:.4f}" if isinstance(value, float) else str(value) for column, value in row.items()}
+            for row in mean.to_dict("records")
+        ]
     return tables
 
 
