@@ -30,6 +30,7 @@ def quick(tmp_path, encoder):
             label_range=3.0,
             runs=tmp_path / runs,
             config={**QUICK, **(config or {})},
+            device="cpu",
             **options,
         )
 

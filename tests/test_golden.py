@@ -20,6 +20,7 @@ from selfmm_plugin.upstream import network_from_state, translate
 
 FOLDER = Path(__file__).parent / "golden"
 TRACES = ["selfmm_unaligned", "selfmm_zero_counts_positive", "selfmm_dropped_tail"]
+CPU = torch.device("cpu")
 TASKS = ("fusion", "text", "audio", "vision")
 KEYS = [
     *(f"learning_rate_{part}" for part in ("bert", "audio", "video", "other")),
@@ -51,7 +52,7 @@ class Trace:
         training = {key: self.meta[key] for key in ("batch_size", "update_epochs")}
         return ModelConfig(tail="drop", **training, **{key: self.meta[key] for key in KEYS})
 
-    def split(self, *, train: bool) -> Split:
+    def split(self, *, train: bool, device: torch.device = CPU) -> Split:
         arrays = SplitArrays(
             ids=[str(i) for i in range(len(self.labels))],
             labels={"M": self.arrays["labels"]},
@@ -60,7 +61,7 @@ class Trace:
             vision=self.arrays["vision"],
             vision_lengths=self.arrays["vision_lengths"],
         )
-        return Split(arrays, self.arrays["text_bert"].astype(np.int64), torch.device("cpu"), train=train)
+        return Split(arrays, self.arrays["text_bert"].astype(np.int64), device, train=train)
 
     def build(self) -> tuple[SelfMM, UlgmHook, ModelConfig]:
         config, start = self.config(), translate(self.weights("init/"))

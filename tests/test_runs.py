@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def trained(tmp_path_factory, encoder):
         label_range=3.0,
         runs=folder / "runs",
         config={"epochs": 2, "batch_size": 4, "update_epochs": 1},
+        device="cpu",
     )
     return load_run(result.runs[0].folder), data
 
@@ -68,7 +70,7 @@ def test_config_and_environment(trained):
     assert settings["data"]["dims"] == {"text": 8, "audio": 5, "vision": 3}
     assert settings["data"]["sizes"] == {"train": 8, "valid": 4, "test": 4}
     environment = json.loads((run.folder / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == metadata.version("torch")
     assert environment["data_sha256"] == settings["data"]["sha256"]
     assert str(data.parent) not in (run.folder / "config.json").read_text()
 

@@ -1,0 +1,74 @@
+"""What only a CUDA device can show: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import registry
+from registry.data.batches import predict
+from registry.training import _Step, make_optimizer
+from selfmm_plugin.supervision import UnimodalSupervision
+from selfmm_plugin.upstream import translate
+from tests.helpers import feature_file
+from tests.test_golden import TRACES, Trace
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_training_follows_the_trace_on_a_gpu(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    trace, device = Trace(name), torch.device("cuda")
+    model, ulgm, config = trace.build()
+    model, ulgm, split = model.to(device), ulgm.to(device), trace.split(train=True, device=device)
+    step = _Step(model, [ulgm], config, split, make_optimizer(model, [ulgm], config), per_sample=True)
+    for epoch in range(1, trace.meta["epochs"] + 1):
+        model.train()
+        for group in trace.groups(epoch - 1):
+            step(group, epoch)
+    expected = translate(trace.weights(f"epoch{trace.meta['epochs']}/params/")).network
+    for weight, values in model.state_dict().items():
+        np.testing.assert_allclose(values.cpu(), expected[weight], atol=1e-4, err_msg=weight)
+    found = predict(model, trace.split(train=False, device=device)).cpu()
+    np.testing.assert_allclose(found, trace.arrays["final_eval/M"], atol=1e-4)
+
+
+def test_ulgm_never_waits_for_the_device():
+    labels = torch.linspace(-3, 3, 64, device="cuda")
+    supervision = UnimodalSupervision(labels, {"fusion": 8, "text": 6, "audio": 5}, label_range=3.0).cuda()
+    features = {
+        name: torch.randn(16, width, device="cuda") for name, width in (("fusion", 8), ("text", 6), ("audio", 5))
+    }
+    index, mask = torch.arange(16, device="cuda"), {"audio": torch.rand(16, device="cuda") > 0.5}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for epoch in (1, 2, 3):
+            supervision.loss(features, index, mask).backward()
+            supervision.observe(index, epoch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert supervision.generator.labels["text"].isfinite().all()
+    assert not supervision.generator.labels["text"][:16].equal(labels[:16])
+
+
+def test_a_run_on_a_gpu_is_loaded_on_the_cpu(tmp_path, encoder):
+    state = torch.cuda.get_rng_state()
+    result = registry.run(
+        "self_mm",
+        "custom",
+        data=feature_file(tmp_path),
+        text_encoder=encoder,
+        label_range=3.0,
+        runs=tmp_path / "runs",
+        config={"epochs": 2},
+        device="cuda",
+    )
+    run = registry.load_run(result.runs[0].folder)
+    assert {parameter.device.type for parameter in run.model.parameters()} == {"cpu"}
+    assert run.predictions["prediction"].notna().all()
+    assert torch.equal(torch.cuda.get_rng_state(), state)
