@@ -7,7 +7,6 @@ result.mean["MAE"], result.runs[0].folder
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ from .data.feature_file import SplitArrays
 from .errors import InputError, RunFailed
 from .jobs import Job, make_plan
 from .metrics import regression
-from .runs import environment, finished, load_run, require_writable, write_run
+from .runs import environment, finished, finite, load_run, require_writable, write_run
 from .training import Watcher, train
 
 
@@ -80,15 +79,7 @@ class Result:
             "std": self.std,
             "folder": str(self.folder),
         }
-        return json.dumps(_finite(value), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(finite(value), indent=2, allow_nan=False)
 
 
 def run(
@@ -152,7 +143,6 @@ def run(
         if finished(folder / str(seed)) and not force:
             watcher.note(f"seed {seed} is finished already: {folder / str(seed)} (--force trains it again)")
         else:
-            require_writable(folder)
             watcher.start(seed, number, len(seeds), plan.config.model)
             try:
                 _train_seed(job, seed, place, folder / str(seed), watcher)
@@ -178,14 +168,18 @@ def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher
     started = time.perf_counter()
     plan = job.plan
     splits = {name: job.split(name, device) for name in job.file.splits}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # cuDNN's LSTMs would round to TF32, and not always to the same bits.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), exact:
         torch.manual_seed(seed)
         model = plan.spec.build(plan.config.model, job.info).to(device)
-        labels = TrainingData(splits["train"].labels, job.info)
+        # A copy: hooks may do with it what they like.
+        labels = TrainingData({task: values.clone() for task, values in splits["train"].labels.items()}, job.info)
         hooks: dict[str, TrainingHook] = {
             hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
             for hook in plan.hooks
         }
+        require_writable(folder.parent)
         outcome = train(
             model,
             hooks,

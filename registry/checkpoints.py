@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,11 @@ from torch import Tensor
 from .benchmark import prediction_table
 from .contract import DataInfo, TrainingData
 from .data.batches import predict
+from .data.feature_file import file_sha256
 from .errors import InputError
 from .jobs import Job, make_plan
 from .metrics import regression
+from .plugins import Plugins
 from .runs import Run, environment, load_run, write_run
 from .training import Watcher
 
@@ -39,14 +40,14 @@ def import_checkpoint(
         file: a state dict that `torch.save` wrote; it is read with weights only.
         dataset: the registered dataset that it was trained on.
         data: a feature file to test it on.
-        text_encoder: the encoder it was trained with; only its configuration is used.
+        text_encoder: the encoder it was trained with, for its configuration and its tokenizer.
         label_range, runs, plugins: as for `registry.run`.
 
     Raises:
         InputError: the file is not such a checkpoint, or does not fit the data.
     """
     path = Path(file)
-    importer = make_plan(model, dataset, label_range=label_range, plugins=plugins).spec.import_checkpoint
+    importer = Plugins(plugins).load_model(model)[1].import_checkpoint
     if importer is None:
         raise InputError(f"model {model!r} cannot import checkpoints: its spec has no import_checkpoint")
     state = _read_weights(path)
@@ -91,16 +92,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     plan = job.plan
     network = plan.spec.build(plan.config.model, job.info)
+    labels = TrainingData({"M": torch.zeros(1)}, job.info)
+    hooks = {spec.name: spec.build(plan.config.hooks[spec.name], labels, network.feature_dims) for spec in plan.hooks}
     try:
         network.load_state_dict(found["model"])
+        for name, state in found["hooks"].items():
+            # What a hook knows of the clips that it was trained on is not in the file.
+            if foreign := hooks[name].load_state_dict(state, strict=False).unexpected_keys:
+                raise RuntimeError(f"unknown weights {', '.join(foreign[:3])}")
     except RuntimeError as error:
         raise InputError(f"{path} does not fit {plan.name}: {str(error).splitlines()[-1].strip()}") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    labels = TrainingData({"M": torch.zeros(1)}, job.info)
-    hooks = {}
-    for spec in plan.hooks:
-        hooks[spec.name] = spec.build(plan.config.hooks[spec.name], labels, network.feature_dims)
-        hooks[spec.name].load_state_dict(found["hooks"].get(spec.name, {}), strict=False)
+    digest = file_sha256(path)
     metrics: dict[str, float] = {}
     folder = runs / plan.name / plan.dataset.name / "imported" / digest[:12]
     tables = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, ValidationError, create_model
+from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from .contract import Config, DatasetSpec, HookSpec, ModelSpec, Training
@@ -75,11 +75,14 @@ def resolve(
     Raises:
         InputError: lists every unknown key and wrong value.
     """
-    name, preset_values = _preset(spec, dataset, preset)
-    layers = [preset_values, defaults or {}, _read_file(file) if file else {}, overrides or {}]
+    file_values, file_preset = _read_file(file) if file else ({}, None)
+    name, preset_values = _preset(spec, dataset, preset or file_preset)
+    layers = [preset_values, defaults or {}, file_values, overrides or {}]
     whole = config_class(spec)
     fields: dict[str, dict[str, FieldInfo]] = {"": dict(whole.model_fields), HOOK: {}}
     for hook in hooks:
+        if shared := fields[HOOK].keys() & hook.config.model_fields:
+            raise InputError(f"hook {hook.name!r} has keys of another hook: {', '.join(sorted(shared))}")
         fields[HOOK] |= hook.config.model_fields
     values: dict[str, Any] = {}
     faults: list[str] = []
@@ -101,7 +104,9 @@ def resolve(
     resolved = {}
     for hook in hooks:
         own = hook.config.model_fields
-        given = {key: value for key, value in derived.items() if key in own and value is not None}
+        given = {}
+        if hook.name in spec.hooks:
+            given = {key: value for key, value in derived.items() if key in own and value is not None}
         for key, value in hook_values.items():
             top, _, entry = key.partition(".")
             if top in own and entry:
@@ -125,7 +130,8 @@ def _preset(spec: ModelSpec, dataset: DatasetSpec, wanted: str | None) -> tuple[
     return name, spec.presets[name][of] if name else {}
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def _read_file(path: Path) -> tuple[Mapping[str, Any], str | None]:
+    """Return the keys in a file and, from a run's own `config.json`, its preset."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -142,8 +148,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
     if isinstance(content.get("config"), dict):  # a run's own
-        return content["config"]
-    return content
+        return content["config"], content.get("preset")
+    return content, None
 
 
 def _flat(layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,9 +159,7 @@ def _flat(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spellings(name: str, info: FieldInfo) -> set[str]:
-    alias = info.validation_alias or info.alias
-    choices = alias.choices if isinstance(alias, AliasChoices) else [alias] if alias else []
-    return {name, *(choice for choice in choices if isinstance(choice, str))}
+    return {name, info.alias or name}
 
 
 def _canonical(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str | None:

@@ -1,7 +1,9 @@
 """Everything a plugin author must know: what a model gets, what it returns, and how it is described.
 
 A model is an `nn.Module` with `forward(batch: Batch) -> FusionOutput` and `feature_dims: dict[str, int]`;
-it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. B is the batch size.
+it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. Without it, all parameters are
+trained with the config's `learning_rate` (1e-3 if it has none) and `weight_decay` (0). The seed of a run is torch's
+alone: draw no numbers from `random` or numpy. B is the batch size.
 """
 
 from __future__ import annotations
@@ -16,9 +18,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from registry.data.text import TextEncoder
-
-TASK_NAMES = {"M": "fusion", "T": "text", "A": "audio", "V": "vision"}
-"""The field's one-letter tasks and the names under which models return their features."""
 
 
 class Config(BaseModel):
@@ -89,7 +88,7 @@ class Batch(_Rows):
     text_segments: Tensor | None = None
     """(B, L)"""
     text: Tensor | None = None
-    """(B, L, d) precomputed text features, for models that need `"text_features"`"""
+    """(B, L, d) precomputed text features as the file pads them, for models that need `"text_features"`"""
     audio: Tensor | None = None
     """(B, La, da)"""
     audio_lengths: Tensor | None = None
@@ -120,7 +119,13 @@ class FusionOutput(_Rows):
 
     @staticmethod
     def concatenate(parts: Sequence[FusionOutput]) -> FusionOutput:
-        """Join outputs along the batch; `losses` are batch-level and do not survive it."""
+        """Join outputs along the batch; `losses` are batch-level and do not survive it.
+
+        Raises:
+            ValueError: losses that training would need are there.
+        """
+        if torch.is_grad_enabled() and any(part.losses for part in parts):
+            raise ValueError("a model with per_sample=True returns batch-level losses, which cannot be joined")
         return FusionOutput(
             prediction=torch.cat([p.prediction for p in parts]),
             features={k: torch.cat([p.features[k] for p in parts]) for k in parts[0].features},
@@ -133,7 +138,7 @@ class TrainingData:
     """What a hook may know of the train split."""
 
     labels: Mapping[str, Tensor]
-    """(N) each: `"M"` and, where known, `"T" "A" "V"`"""
+    """(N) each, on the run's device: `"M"` and, where known, `"T" "A" "V"`"""
     info: DataInfo
 
 
@@ -141,7 +146,8 @@ class TrainingHook(nn.Module):
     """Adds a loss to any model's training and watches it; every method may be left out.
 
     Parameters join the optimiser, in the group that the model's `parameter_groups` lists last;
-    buffers are saved with the best weights. `loss` and `observe` see one micro-batch at a time.
+    buffers are saved with the best weights. `loss` and `observe` see one micro-batch at a time; with a `per_sample`
+    model all of a group's losses come before the first `observe`.
     """
 
     def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
@@ -210,8 +216,6 @@ class HookSpec:
     summary: str
     build: Callable[..., TrainingHook]
     config: type[Config] = Config
-    citation: str = ""
-    url: str = ""
     version: str = "1"
 
 
@@ -220,10 +224,10 @@ class DatasetSpec:
     """A dataset's facts; its sizes come from the file.
 
     Args:
-        label_range: labels lie in ±this.
+        label_range: labels lie in ±this; None where the user must say.
         metrics: which family of `registry.metrics.regression`.
         text_encoder: the default for `--text-encoder`; None where the user must choose.
-        splits: published sizes, for `benchmark list`.
+        splits: published sizes; a note says where a file has others.
         sha256: known files by name.
         presets_of: the dataset whose published hyper-parameters are used; its own by default.
         generate: makes the data, for a dataset that needs no file.
@@ -232,8 +236,7 @@ class DatasetSpec:
 
     name: str
     summary: str
-    language: str
-    label_range: float
+    label_range: float | None
     metrics: Literal["mosi", "sims"]
     text_encoder: str | None = None
     splits: Mapping[str, int] = field(default_factory=dict)
@@ -241,7 +244,6 @@ class DatasetSpec:
     presets_of: str | None = None
     generate: Callable[[], Any] | None = None
     epochs: int | None = None
-    url: str = ""
 
 
 def register_model(name: str, *, summary: str = "", **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:

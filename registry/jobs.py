@@ -7,6 +7,7 @@ job = plan.read("unaligned_50.pkl", text_encoder=None, watcher=Watcher())
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ import torch
 from .config import RunConfig, resolve
 from .contract import DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.batches import Split
-from .data.feature_file import FeatureFile, read_feature_file
+from .data.feature_file import FeatureFile, file_sha256, read_feature_file
 from .data.text import TextEncoder, find_text_encoder, tokenise
 from .errors import InputError
-from .plugins import Plugins
+from .plugins import FILE_MODULE, Plugins
 from .runs import identity
 from .training import Watcher
 
@@ -60,6 +61,8 @@ class Plan:
             raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
         if not self.dataset.generate and path is None:
             raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
+        if path is not None and not Path(path).exists():  # said before an encoder is fetched
+            raise InputError(f"{path} does not exist")
         encoder = self.find_encoder(text_encoder)
         file = (
             read_feature_file(Path(path), label_range=self.label_range, known_sha256=self.dataset.sha256)
@@ -68,6 +71,9 @@ class Plan:
         )
         _check_needs(self, file)
         notes, tokens = list(file.notes), None
+        for name, published in self.dataset.splits.items():
+            if (clips := len(file.splits[name].ids)) != published:
+                notes.append(f"{file.name} has {clips} {name} clips, {self.dataset.name} as published has {published}")
         arrays = file.splits["train"]
         sequences = {name: getattr(arrays, name) for name in ("text", "audio", "vision")}
         dims = {name: array.shape[2] for name, array in sequences.items() if array is not None}
@@ -112,14 +118,13 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Everything that can change a result apart from the seed, as it is written to `config.json`."""
         plan, encoder = self.plan, self.info.text_encoder
-        specs: tuple[ModelSpec | HookSpec, ...] = (plan.spec, *plan.hooks)
         splits = self.file.splits if self.file else {}
         return {
             "model": plan.name,
             "dataset": plan.dataset.name,
             "config": plan.config.as_dict(),
-            "hooks": [hook.name for hook in plan.hooks],
-            "versions": {spec.name: spec.version for spec in specs},
+            "version": _version(plan.spec),
+            "hooks": {hook.name: _version(hook) for hook in plan.hooks},
             "precision": "fp32",
             "data": {
                 **{key: value for key, value in vars(self.info).items() if key != "text_encoder"},
@@ -147,6 +152,14 @@ class Job:
             "preset": config.preset or "none",
             "incomplete last group": {"step": "stepped", "drop": "dropped"}[config.model.tail],
         }
+
+
+def _version(spec: ModelSpec | HookSpec) -> str:
+    """Return a spec's version; what is not packaged has none but its own bytes."""
+    module = sys.modules.get(getattr(spec.build, "__module__", ""))
+    if module is None or module.__file__ is None or not module.__name__.startswith(FILE_MODULE):
+        return spec.version
+    return f"{spec.version}+{file_sha256(Path(module.__file__))[:12]}"
 
 
 def make_plan(
@@ -178,7 +191,7 @@ def make_plan(
         defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
     )
     limit = dataset_spec.label_range if label_range is None else label_range
-    if math.isnan(limit):
+    if limit is None:
         raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
     if not 0 < limit < math.inf:
         raise InputError(f"--label-range must be a positive number, got {limit:g}")

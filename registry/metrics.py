@@ -11,7 +11,6 @@ import numpy as np
 
 from .errors import InputError
 
-LOWER_IS_BETTER = frozenset({"MAE"})
 _SIMS_EDGES = {"Mult_acc_2": [0.0], "Mult_acc_3": [-0.1, 0.1], "Mult_acc_5": [-0.7, -0.1, 0.1, 0.7]}
 """A class ends with its edge: (-0.1, 0.1] is neutral."""
 

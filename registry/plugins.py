@@ -26,6 +26,8 @@ from typing import Any
 from .errors import InputError, unknown
 
 GROUPS = {"model": "mmsa.models", "dataset": "mmsa.datasets", "hook": "mmsa.hooks"}
+FILE_MODULE = "_plugin_"
+"""How the names of modules begin that are made of `--plugin` files."""
 _SPECS = {"model": "ModelSpec", "dataset": "DatasetSpec", "hook": "HookSpec"}
 
 
@@ -188,7 +190,7 @@ def _on_path(folder: str) -> Iterator[None]:
 
 def _import_path(path: Path) -> ModuleType:
     # One name a path: dataclasses and pydantic look their module up by it.
-    name = f"_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{FILE_MODULE}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

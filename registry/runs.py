@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import secrets
@@ -35,7 +36,7 @@ FINISHED = "metrics.json"
 
 def identity(settings: Mapping[str, Any]) -> str:
     """Return the config hash: 12 hex digits of everything that can change a result, apart from the seed."""
-    text = json.dumps(settings, sort_keys=True, allow_nan=False, default=str)
+    text = json.dumps(settings, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -53,6 +54,15 @@ def require_writable(folder: Path) -> None:
         raise InputError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
 
 
+def finite(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder` that takes its place when the block ends without an error.
@@ -67,7 +77,7 @@ def writing(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         if folder.exists():
-            replaced = temporary.with_suffix(".old")
+            replaced = temporary.with_name(f"{temporary.name}.old")
             os.replace(folder, replaced)
             os.replace(temporary, folder)
             shutil.rmtree(replaced)
@@ -108,7 +118,7 @@ def write_run(
         save_file(weights, temporary / "model.safetensors")
         (temporary / "log.txt").write_text("".join(f"{line}\n" for line in log), "utf-8")
         for name, value in (("config", settings), ("environment", environment), ("metrics", summary)):
-            (temporary / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+            (temporary / f"{name}.json").write_text(json.dumps(finite(value), indent=2) + "\n", "utf-8")
 
 
 def environment(device: torch.device, data_sha256: str | None, seconds: float) -> dict[str, Any]:
@@ -165,8 +175,8 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics on the test split, as fractions."""
-        return self.summary["metrics"]
+        """Metrics on the test split, as fractions; NaN where one has no answer."""
+        return {name: math.nan if value is None else value for name, value in self.summary["metrics"].items()}
 
     @property
     def best_epoch(self) -> int | None:
@@ -199,6 +209,7 @@ class Run:
     @cached_property
     def model(self) -> nn.Module:
         """The model with the best epoch's weights, on the CPU, in evaluation mode."""
+        import torch
         from safetensors.torch import load_file
 
         from .config import resolve
@@ -218,7 +229,8 @@ class Run:
             tasks=tuple(data["tasks"]),
             text_encoder=TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None,
         )
-        model = spec.build(config, info)
+        with torch.random.fork_rng(devices=[]):
+            model = spec.build(config, info)
         weights = load_file(self.folder / "model.safetensors")
         model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
         return model.eval()

@@ -18,6 +18,8 @@ from .data.batches import Split, predict
 from .data.feature_file import SplitArrays
 from .data.text import TextEncoder
 from .errors import BenchmarkError
+from .plugins import Plugins
+from .training import make_optimizer
 
 TOLERANCE = 1e-4
 _N, _LENGTHS, _DIMS = 12, {"text": 10, "audio": 14, "vision": 9}, {"text": 16, "audio": 5, "vision": 7}
@@ -119,21 +121,30 @@ class _Case:
         self.rows = torch.arange(_N)
 
     def build(self, seed: int = 0) -> nn.Module:
-        dataset = DatasetSpec(name="mosi", summary="", language="en", label_range=3.0, metrics="mosi")
-        self.config = resolve(self.spec, [], dataset).model
+        dataset = DatasetSpec(name="mosi", summary="", label_range=3.0, metrics="mosi")
+        hooks = [Plugins().load("hook", name) for name in self.spec.hooks]
+        self.config = resolve(self.spec, hooks, dataset).model
         needs = self.spec.needs(self.config) if callable(self.spec.needs) else self.spec.needs
+        # What the model does not ask for may be missing in a file.
+        absent = {name: None for name in ("audio", "vision") if name not in needs}
+        reads_text = "text" in needs
         self.split = Split(
-            self.arrays, self.tokens, torch.device("cpu"), train=True, text_features="text_features" in needs
+            replace(self.arrays, **absent),  # type: ignore[arg-type]
+            self.tokens if reads_text else None,
+            torch.device("cpu"),
+            train=True,
+            text_features="text_features" in needs,
         )
+        given = {name for name in _DIMS if name in needs or (name == "text" and "text_features" in needs)}
         info = DataInfo(
             name="check",
-            dims=_DIMS,
-            max_lengths=_LENGTHS,
+            dims={name: _DIMS[name] for name in _DIMS if name in given},
+            max_lengths={name: _LENGTHS[name] for name in _DIMS if name in given},
             n_train=_N,
             label_range=3.0,
             tasks=tuple("MTAV"),
             aligned="alignment" in needs,
-            text_encoder=TextEncoder.from_config(_BERT, name="tiny"),
+            text_encoder=TextEncoder.from_config(_BERT, name="tiny") if reads_text else None,
         )
         torch.manual_seed(seed)
         return self.spec.build(self.config, info)
@@ -173,6 +184,10 @@ class _Case:
         missed = [name for name, parameter in trainable if parameter.grad is None]
         if missed:
             raise _Fault(f"{len(missed)} of {len(trainable)} parameters get none: {', '.join(missed[:3])}")
+        groups = make_optimizer(self.model, [], self.config).param_groups
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        if left := [name for name, parameter in trainable if id(parameter) not in trained]:
+            raise _Fault(f"parameter_groups leaves out {', '.join(left[:3])}")
 
     def company(self) -> None:
         together = predict(self.model, self.split)
@@ -185,19 +200,13 @@ class _Case:
 
     def _untrimmed(self) -> Batch:
         batch = self.split.batch(self.rows)
-        tokens = torch.from_numpy(np.pad(self.tokens, ((0, 0), (0, 0), (0, 3))))
 
-        def pad(sequence: Tensor | None) -> Tensor | None:
-            return None if sequence is None else nn.functional.pad(sequence, (0, 0, 0, 4))
+        def pad(tensor: Tensor | None, widths: tuple[int, ...]) -> Tensor | None:
+            return None if tensor is None else nn.functional.pad(tensor, widths)
 
-        return replace(
-            batch,
-            text_ids=tokens[:, 0],
-            text_mask=tokens[:, 1],
-            text_segments=tokens[:, 2],
-            audio=pad(batch.audio),
-            vision=pad(batch.vision),
-        )
+        tokens = {name: pad(getattr(batch, name), (0, 3)) for name in ("text_ids", "text_mask", "text_segments")}
+        sequences = {name: pad(getattr(batch, name), (0, 0, 0, 4)) for name in ("text", "audio", "vision")}
+        return replace(batch, **tokens, **sequences)  # type: ignore[arg-type]
 
     def label_blindness(self) -> None:
         batch = self.split.batch(self.rows)
@@ -215,8 +224,8 @@ class _Case:
 
     def per_sample(self) -> None:
         batch_norms = [name for name, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if self.spec.per_sample and (batch_norms or self.output.losses or self.config.clip_value is not None):
-            reason = f"BatchNorm ({batch_norms[0]})" if batch_norms else "batch-level losses or clipping"
+        if self.spec.per_sample and (batch_norms or self.output.losses):
+            reason = f"BatchNorm ({batch_norms[0]})" if batch_norms else "batch-level losses"
             raise _Fault(f"the spec says per_sample=True, and the model has {reason}")
         others = self.rows.clamp(max=1)  # the first clip is the longest: both batches have one shape
         gap = float((self._first_in_training(self.rows) - self._first_in_training(others)).abs())

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Watcher:
         """Seed `number` of `total` starts training."""
 
     def step(self, epoch: int, step: int, steps: int) -> None:
-        """An update of an epoch is done; all count from 1."""
+        """A group of an epoch is done; all count from 1."""
 
     def epoch(self, record: Epoch) -> None:
         """An epoch is trained and validated."""
@@ -163,11 +164,10 @@ class _Step:
     def __call__(self, group: Group, epoch: int) -> Tensor:
         self.optimizer.zero_grad()
         with torch.set_grad_enabled(group.step):
-            total = self._whole(group, epoch) if self.per_sample else self._one_by_one(group, epoch)
+            # Clipping comes after each micro-batch, as upstream has it.
+            at_once = self.per_sample and self.config.clip_value is None
+            total = self._whole(group, epoch) if at_once else self._one_by_one(group, epoch)
         if group.step:
-            if self.config.clip_value is not None:
-                parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-                nn.utils.clip_grad_value_(parameters, self.config.clip_value)
             self.optimizer.step()
         return total.detach()
 
@@ -177,9 +177,8 @@ class _Step:
         # A CPU is bound by arithmetic, so padding costs; a GPU by launches, so chunks would.
         chunk = len(rows) if self.split.device.type == "cuda" else self.config.batch_size
         output = forward(self.model, self.split, rows, chunk)
-        sizes = [len(micro_batch) for micro_batch in group.micro_batches]
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        parts = [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        ends = list(accumulate(len(micro_batch) for micro_batch in group.micro_batches))
+        parts = [output[start:end] for start, end in pairwise([0, *ends])]
         batches = [self.split.batch(micro_batch) for micro_batch in group.micro_batches]
         total = torch.stack([self._loss(*pair) for pair in zip(parts, batches, strict=True)]).sum()
         if group.step:
@@ -196,9 +195,15 @@ class _Step:
             loss = self._loss(output, batch)
             if group.step:
                 loss.backward()
+                self._clip()
             self._observe(output, batch, epoch)
             total = total + loss.detach()
         return total
+
+    def _clip(self) -> None:
+        if self.config.clip_value is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_value_(parameters, self.config.clip_value)
 
     def _loss(self, output: FusionOutput, batch: Any) -> Tensor:
         criterion = l1_loss if self.config.criterion == "l1" else mse_loss

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -29,13 +29,13 @@ class SelfMMConfig(Config):
     supervision: Literal["self", "human"] = Field("self", description="unimodal labels: generated, or human ones")
     exclude_zero: bool = Field(
         True,
-        validation_alias=AliasChoices("exclude_zero", "excludeZero"),
+        alias="excludeZero",
         description="a label of 0 belongs to neither class; else it counts as positive",
     )
     label_range: float | None = Field(
         None,
         gt=0,
-        validation_alias=AliasChoices("label_range", "H"),
+        alias="H",
         description="generated labels are clamped to ± this; the data's own range by default",
     )
     learning_rate_bert: float = Field(5e-5, ge=0, description="learning rate of the text encoder")

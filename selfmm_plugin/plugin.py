@@ -53,6 +53,4 @@ ULGM = HookSpec(
     summary="unimodal heads on a model's modality features, trained on labels that it generates",
     build=UlgmHook,
     config=UlgmConfig,
-    citation=CITATION,
-    url=URL,
 )

@@ -34,6 +34,9 @@ class UnimodalSupervision(nn.Module):
         head_dims: hidden width of each modality's head, one for all or by modality.
         head_dropouts: dropout before each head, one for all or by modality.
         exclude_zero, distance, known: as for `UnimodalLabelGenerator`.
+
+    Raises:
+        ValueError: `head_dims` or `head_dropouts` leave a modality out, or the generator refuses an argument.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class UnimodalSupervision(nn.Module):
         Call it once for every `loss` in training mode, in the same order, after the backward pass.
 
         Raises:
-            RuntimeError: no `loss` with this index is waiting.
+            RuntimeError: no `loss` with this index (on a GPU: of this size) is waiting.
         """
         if not self._unobserved:
             raise RuntimeError("observe(index, epoch) must follow loss(features, index) in training mode")
@@ -200,6 +203,8 @@ def _modalities_of(tasks: str | None, feature_dims: Mapping[str, int]) -> list[s
     if tasks is None:
         return modalities
     initials = {TASKS.get(name, name[0].upper()): name for name in modalities}
+    if len(initials) < len(modalities) or "M" in initials:
+        raise InputError(f"tasks cannot tell {', '.join(modalities)} apart by their initials; leave tasks out")
     wrong = [letter for letter in tasks if letter != "M" and letter not in initials]
     if "M" not in tasks or wrong or len(set(tasks)) != len(tasks):
         raise InputError(f"tasks must be M and any of {''.join(initials)}, each once, got {tasks!r}")

@@ -69,7 +69,15 @@ class _TaskMemory(nn.Module):
 class UnimodalLabelGenerator(nn.Module):
     """Derives a label for each modality from the multimodal one, by distances to class centres.
 
-    All state is buffers: it moves with `.to()`, is saved in `state_dict`, and needs no gradient.
+    For features F of a clip in one task, and the class centres C⁺ and C⁻ of that task (means of the stored features of
+    the clips whose label there is above and below 0):
+
+    1. relative distance δ = (‖F − C⁻‖ − ‖F − C⁺‖) / (‖F − C⁺‖ + 1e-8)
+    2. proposal = ½ · δ_s / δ_f · y + ½ · (y + δ_s − δ_f), clamped to ±range, for modality s, fusion f, human label y
+    3. y_s ← (n − 1)/(n + 1) · y_s + 2/(n + 1) · proposal, in epoch n > 1
+
+    (Yu et al. 2021, section 3.4, with the distance of the authors' code.) All state is buffers in float32: it moves
+    with `.to(device)`, is saved in `state_dict`, and needs no gradient.
 
     Args:
         labels: (N) human multimodal labels of the train split.
@@ -150,6 +158,9 @@ class UnimodalLabelGenerator(nn.Module):
             index: (B) rows in the train split.
             epoch: counts from 1; no label moves in epoch 1.
             mask: per modality (B), False where a clip lacks it: its label stays, its features are not stored.
+
+        Raises:
+            ValueError: a task's features are missing or have another shape.
         """
         for name in self.memory:
             width = self._of(name).features.shape[1]
@@ -158,11 +169,12 @@ class UnimodalLabelGenerator(nn.Module):
                 raise ValueError(f"features[{name!r}] must have shape ({len(index)}, {width}), got {got}")
         mask = mask or {}
         rows = {name: features[name].detach().to(self._of(name).features) for name in self.memory}
-        if epoch > 1:
-            self._move_labels(rows, index, epoch, mask)
-        for name, row in rows.items():
-            self._of(name).store(row, index, mask.get(name))
-            self._of(name).refresh_centers(self.exclude_zero)
+        with torch.autocast(index.device.type, enabled=False):
+            if epoch > 1:
+                self._move_labels(rows, index, epoch, mask)
+            for name, row in rows.items():
+                self._of(name).store(row, index, mask.get(name))
+                self._of(name).refresh_centers(self.exclude_zero)
 
     def _move_labels(
         self, features: Mapping[str, Tensor], index: Tensor, epoch: int, mask: Mapping[str, Tensor]

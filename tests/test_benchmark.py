@@ -10,6 +10,7 @@ import torch
 
 import registry
 from registry import InputError, Result, load_run
+from registry.data.feature_file import read_feature_file
 from registry.training import Watcher
 from tests.helpers import feature_file
 
@@ -126,6 +127,20 @@ def test_seeds_that_make_no_sense(quick, seeds):
         quick(seeds=seeds)
 
 
+def test_an_edited_plugin_is_another_model(quick, tmp_path):
+    first = quick(model="mean", plugins=[plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])")])
+    edited = quick(model="mean", plugins=[plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0] * 100)")])
+    assert first.folder != edited.folder
+    assert first.mean != edited.mean
+
+
+def test_a_metric_without_an_answer_is_null_in_files_and_nan_in_python(quick, tmp_path):
+    result = quick(feature_file(tmp_path, test={"regression_labels": lambda y: y * 0}))
+    assert '"Non0_acc_2": null' in (result.runs[0].folder / "metrics.json").read_text()
+    assert '"Non0_acc_2": null' in result.to_json()
+    assert np.isnan(result.mean["Non0_acc_2"])
+
+
 # --- the test split is read once, and never chosen by
 
 
@@ -200,13 +215,18 @@ def test_human_supervision_needs_human_labels(quick):
 
 
 def test_agreement_with_true_labels_is_written_where_they_are_known(quick, tmp_path):
-    run = load_run(quick(human_labels(tmp_path)).runs[0].folder)
-    table = run.table("label_agreement")
-    assert table["modality"].tolist() == ["text", "audio", "vision"]
-    last = run.table("labels").query(f"epoch == {run.history['epoch'].max()}")
-    best = run.table("labels").query(f"epoch == {run.best_epoch}")
-    assert len(last) == len(best) == 8
-    assert table["MAE multimodal"].between(0, 6).all()
+    """At the epoch that was chosen, not at the last one."""
+    data = human_labels(tmp_path)
+    run = load_run(quick(data, config={"early_stop": 3, "epochs": None}).runs[0].folder)
+    assert run.best_epoch < len(run.history)
+    chosen = run.table("labels").query(f"epoch == {run.best_epoch}")
+    true = read_feature_file(data, label_range=3.0).splits["train"].labels
+    table = run.table("label_agreement").set_index("modality")
+    for modality, task in (("text", "T"), ("audio", "A"), ("vision", "V")):
+        row = table.loc[modality]
+        assert row["MAE generated"] == pytest.approx(np.abs(chosen[modality] - true[task]).mean(), abs=1e-6)
+        assert row["MAE multimodal"] == pytest.approx(np.abs(true["M"] - true[task]).mean(), abs=1e-6)
+        assert row["Corr generated"] == pytest.approx(np.corrcoef(chosen[modality], true[task])[0, 1], abs=1e-5)
 
 
 @pytest.mark.parametrize(("tasks", "heads"), [("M", []), ("MT", ["text"]), ("MTAV", ["audio", "text", "vision"])])
@@ -215,6 +235,13 @@ def test_tasks_pick_the_losses(quick, tasks, heads):
 
     names = load_file(quick(config={"tasks": tasks}).runs[0].folder / "model.safetensors")
     assert sorted({n.split(".")[4] for n in names if n.startswith("hook.ulgm.supervision.heads")}) == heads
+
+
+def test_initials_that_two_modalities_share(quick, tmp_path):
+    forward = "return FusionOutput(self.linear(mean)[:, 0], {'fusion': mean, 'text': mean, 'touch': mean})"
+    file = plugin(tmp_path, forward, dims='{"fusion": 5, "text": 5, "touch": 5}')
+    with pytest.raises(InputError, match="tasks cannot tell text, touch apart by their initials"):
+        quick(model="mean+ulgm", plugins=[file], config={"hook.tasks": "MT"})
 
 
 @pytest.mark.parametrize("tasks", ["T", "MX", "MTT"])

@@ -40,7 +40,7 @@ def place(tmp_path, trace) -> dict:
     BertModel(BertConfig(**trace.text_config)).save_pretrained(encoder)
     (tmp_path / "dataset.py").write_text(
         "from registry import DatasetSpec\n"
-        f"TRACE = DatasetSpec(name='trace', summary='', language='en', label_range={trace.meta['H']}, "
+        f"TRACE = DatasetSpec(name='trace', summary='', label_range={trace.meta['H']}, "
         f"metrics='mosi', text_encoder={str(encoder)!r}, presets_of='mosi')"
     )
     keys = ("text_bert", "audio", "audio_lengths", "vision", "vision_lengths")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from registry import contract
 from registry.config import config_class, describe, parse_settings, resolve
-from registry.contract import DatasetSpec, ModelSpec, Training
+from registry.contract import Config, DatasetSpec, HookSpec, ModelSpec, Training
 from registry.data.catalog import DEMO, MOSEI, MOSI, SIMS, SIMSV2
 from registry.errors import InputError
 from registry.plugins import Plugins
@@ -123,6 +124,13 @@ def test_what_a_run_writes_is_read_again(tmp_path):
     assert settle(file=tmp_path / "config.json").as_dict() == config.as_dict()
 
 
+def test_a_runs_own_file_brings_its_preset(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"preset": "author", "config": settle(preset="author").as_dict()}))
+    assert settle(file=file).preset == "author"
+    assert settle(file=file, preset="mmsa").preset == "mmsa"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -174,6 +182,23 @@ def test_every_fault_is_listed_at_once_with_a_suggestion():
 )
 def test_values_that_do_not_fit(overrides, message):
     assert message in refusal(overrides=overrides)
+
+
+def test_hooks_that_share_a_key():
+    twin = HookSpec(name="twin", summary="", build=UlgmConfig, config=UlgmConfig)
+    with pytest.raises(InputError, match="hook 'twin' has keys of another hook: distance, exclude_zero"):
+        resolve(SELF_MM, [ULGM, twin], MOSI)
+
+
+def test_a_borrowed_hook_is_not_shaped_by_the_models_keys():
+    class Ranged(Config):
+        """Has a key that `self_mm` derives for its own hook."""
+
+        tasks: str = "M"
+
+    borrowed = HookSpec(name="borrowed", summary="", build=Ranged, config=Ranged)
+    spec = replace(SELF_MM, hooks=())
+    assert resolve(spec, [borrowed], MOSI, overrides={"tasks": "MT"}).hooks["borrowed"].tasks == "M"
 
 
 def test_hook_keys_without_a_hook():

@@ -7,7 +7,7 @@ import pytest
 
 from registry.data.demo import SIZES, generate
 
-FROZEN = "9f267e5306f8d31ff9596b4c5b3b3810138d95769b1921446ad93627bc6b1fba"
+FROZEN = "179944b6290d017d311c8734f863c4d04fffa746d02fb901a57a3a3fa81fecc1"
 
 
 @pytest.fixture(scope="module")

@@ -138,8 +138,7 @@ def test_a_subclass_does_not_inherit_its_parents_name(install):
         (
             "dataset",
             "mmsa.datasets",
-            "from registry import DatasetSpec as S\n"
-            "SPEC = S(name='mine', summary='', language='en', label_range=3.0, metrics='mosi')",
+            "from registry import DatasetSpec as S\nSPEC = S(name='mine', summary='', label_range=3.0, metrics='mosi')",
         ),
     ],
 )
@@ -316,7 +315,7 @@ def test_a_file_brings_every_spec_in_it(plugin_file):
             pass
 
         HOOK = HookSpec(name="extra", summary="", build=TrainingHook)
-        DATA = DatasetSpec(name="mine", summary="", language="en", label_range=1.0, metrics="sims")
+        DATA = DatasetSpec(name="mine", summary="", label_range=1.0, metrics="sims")
     """
     file = plugin_file(code)
     plugins = Plugins([file])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from registry.data.batches import predict
 from registry.jobs import make_plan
 from registry.runs import finished, identity, require_writable, writing
 from registry.training import Watcher
-from tests.helpers import feature_file
+from tests.helpers import feature_file, tiny_encoder
 
 FILES = {
     "config.json",
@@ -175,6 +176,16 @@ def test_a_new_run_replaces_an_old_one_as_a_whole(tmp_path):
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
+    for name in (".run.old", ".run.ab12cd34", ".run.ab12cd34.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").touch()
+    for name in ("old", "new"):
+        with writing(tmp_path / "run") as temporary:
+            (temporary / name).touch()
+    assert os.listdir(tmp_path / "run") == ["new"]
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written: Not a directory"):
@@ -189,15 +200,20 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_the_hash_depends_on_what_changes_a_result_and_on_nothing_else(tmp_path, encoder):
-    def hash_of(data: Path, **options) -> str:
+    def hash_of(data: Path, text_encoder: Path | str = encoder, **options) -> str:
         plan = make_plan("self_mm", options.pop("dataset", "custom"), label_range=3.0, **options)
-        return plan.read(data, encoder, Watcher()).identity()
+        return plan.read(data, str(text_encoder), Watcher()).identity()
 
     data = feature_file(tmp_path)
     moved = feature_file(tmp_path, name="moved.pkl")
     other = feature_file(tmp_path, name="other.pkl", audio=lambda a: a + 1)
     first = hash_of(data)
     assert hash_of(moved) == hash_of(data, config={"batch_size": 16}) == first
+    copy = tmp_path / "copied encoder"
+    shutil.copytree(encoder, copy)
+    assert hash_of(data, text_encoder=copy) == first
+    tiny_encoder(copy)  # other random weights
+    assert hash_of(data, text_encoder=copy) != first
     changed = [
         hash_of(other),
         hash_of(data, config={"batch_size": 5}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from registry import Batch, BenchmarkError, DataInfo, FusionOutput, ModelSpec, Training
+from registry import Batch, BenchmarkError, DataInfo, FusionOutput, ModelSpec
 from registry.plugins import Plugins
 from registry.testing import check_model, inspect_model
 
@@ -41,7 +41,7 @@ class Sound(nn.Module):
 
 
 def spec_of(model: Callable[..., nn.Module], **options: Any) -> ModelSpec:
-    return ModelSpec(name="small", summary="", build=model, needs=("audio",), **options)
+    return ModelSpec(**{"name": "small", "summary": "", "build": model, "needs": ("audio",), **options})
 
 
 def faults(model: Callable[..., nn.Module], **options: Any) -> dict[str, str]:
@@ -96,16 +96,37 @@ def test_needs_decide_what_the_model_is_given():
             seen["text"] = batch.text
             return super().pool(batch)
 
-    assert only_needs(Text, ()) == {}
+    assert faults(Text, needs=("audio",)) == {}
     assert seen == {"aligned": False, "text": None}
-    assert only_needs(Text, lambda config: ("text_features", "alignment")) == {}
+    assert faults(Text, needs=lambda config: ("audio", "text_features", "alignment")) == {}
     assert seen["aligned"]
     assert seen["text"].shape == (12, 10, 16)
 
 
-def only_needs(model: Callable[..., nn.Module], needs: Any) -> dict[str, str]:
-    spec = ModelSpec(name="small", summary="", build=model, needs=needs)
-    return {check.name: check.fault for check in inspect_model(spec) if check.fault}
+def test_what_a_model_does_not_ask_for_is_withheld():
+    class Greedy(Sound):
+        def pool(self, batch: Batch) -> Tensor:
+            return super().pool(batch) * batch.text_ids.shape[1]
+
+    assert set(faults(Greedy, needs=("audio",))) == {RUNS}
+    assert set(faults(Sound, needs=("text", "vision"))) == {RUNS}
+
+
+def test_a_mean_over_padded_text_features():
+    class Text(Sound):
+        def __init__(self, config: Any, data: DataInfo) -> None:
+            super().__init__(config, data)
+            self.text = nn.Linear(data.dims["text"], 4)
+
+        def encode(self, batch: Batch) -> Tensor:
+            return super().encode(batch) + self.text(batch.text.mean(1))
+
+    assert set(faults(Text, needs=("audio", "text_features"))) == {COMPANY}
+
+
+def test_a_preset_of_a_model_with_hooks_may_hold_their_keys():
+    spec = spec_of(Sound, hooks=("ulgm",), presets={"mine": {"mosi": {"hook.distance": "cosine"}}})
+    assert [check.fault for check in inspect_model(spec)] == [None] * len(CHECKS)
 
 
 # --- a model that does not run has one result only
@@ -123,7 +144,7 @@ def test_a_constructor_that_raises():
 def test_a_forward_that_raises():
     class Raises(Sound):
         def encode(self, batch: Batch) -> Tensor:
-            return batch.audio @ batch.vision
+            return batch.audio @ batch.audio_lengths
 
     (result,) = inspect_model(spec_of(Raises))
     assert result.name == RUNS
@@ -220,6 +241,15 @@ def test_a_parameter_that_gets_no_gradient():
     assert only_fault(Idle) == (GRADIENTS, "2 of 6 parameters get none: idle.weight, idle.bias")
 
 
+def test_a_parameter_that_no_group_holds():
+    class Forgetful(Sound):
+        def parameter_groups(self, config: Any) -> list[dict]:
+            return [{"params": list(self.parameters())[:-1], "lr": 0.1}]
+
+    name, fault = only_fault(Forgetful)
+    assert (name, fault.startswith("parameter_groups leaves out ")) == (GRADIENTS, True)
+
+
 def test_a_frozen_parameter_needs_no_gradient():
     class Frozen(Sound):
         def __init__(self, config: Any, data: DataInfo) -> None:
@@ -275,7 +305,7 @@ UNSTABLE = {
 
 @pytest.mark.parametrize("how", UNSTABLE)
 def test_a_prediction_that_depends_on_padding_or_company(how):
-    name, fault = only_fault(pooled(UNSTABLE[how]))
+    name, fault = only_fault(pooled(UNSTABLE[how]), needs=("text", "audio", "vision"))
     assert name == COMPANY
     assert "away from the same clip in a batch" in fault
 
@@ -387,11 +417,10 @@ def test_per_sample_with_batch_norm():
     assert "BatchNorm (norm)" in fault
 
 
-def test_per_sample_with_batch_level_losses_or_clipping():
+def test_per_sample_with_batch_level_losses():
     contrastive = changed(losses=lambda output, batch: {"spread": output.prediction.std(correction=0)})
     assert faults(contrastive) == {}
     assert only_fault(contrastive, per_sample=True)[0] == PER_SAMPLE
-    assert only_fault(Sound, per_sample=True, training=Training(clip_value=0.5))[0] == PER_SAMPLE
 
 
 def test_per_sample_with_batch_statistics_in_training_only():

@@ -106,6 +106,25 @@ def test_gradients_are_summed_over_a_group_of_micro_batch_means():
     torch.testing.assert_close(model.linear.weight, expected.linear.weight)
 
 
+class WithLoss(Linear):
+    """Adds a batch-level loss."""
+
+    def forward(self, batch) -> FusionOutput:
+        output = super().forward(batch)
+        return FusionOutput(output.prediction, losses={"spread": output.prediction.std(correction=0)})
+
+
+def test_a_models_own_losses_are_added_and_never_dropped():
+    splits, options = make_splits(8), {"epochs": 1, "batch_size": 8, "update_epochs": 1}
+    torch.manual_seed(0)
+    model = WithLoss()
+    spread = float(model(splits["train"].batch(torch.arange(8))).losses["spread"].detach())
+    plain = fit(fresh(), splits, **options).history[0].train_loss
+    assert fit(model, splits, **options).history[0].train_loss == pytest.approx(plain + spread, rel=1e-5)
+    with pytest.raises(ValueError, match="per_sample=True returns batch-level losses"):
+        fit(model, splits, per_sample=True, **options)
+
+
 @pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("mse", 2)])
 def test_the_criterion(criterion, power):
     splits, model = make_splits(8), fresh()
@@ -145,6 +164,16 @@ def test_fewer_micro_batches_than_a_group_always_step():
     model, before = fresh(), fresh().linear.weight.detach().clone()
     fit(model, make_splits(3), tail="drop", update_epochs=9, epochs=1)
     assert not torch.equal(model.linear.weight, before)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_clipping_comes_after_each_micro_batch(monkeypatch, per_sample):
+    """Upstream clips what is summed so far: the last clip is what counts, so no sum exceeds the bound."""
+    clips = []
+    clip = nn.utils.clip_grad_value_
+    monkeypatch.setattr(nn.utils, "clip_grad_value_", lambda *a: (clips.append(1), clip(*a)))
+    fit(fresh(), make_splits(24), clip_value=0.01, per_sample=per_sample, epochs=1)
+    assert len(clips) == 6
 
 
 def test_clipping_bounds_the_gradients(monkeypatch):

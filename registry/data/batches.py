@@ -38,7 +38,6 @@ class Split:
         def put(array: np.ndarray | None) -> Tensor | None:
             return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        self.ids = arrays.ids
         self.train = train
         self.device = device
         self.labels = {task: torch.from_numpy(values).to(device) for task, values in arrays.labels.items()}
@@ -51,7 +50,7 @@ class Split:
         self._device_lengths = {name: put(lengths) for name, lengths in self._lengths.items()}
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.labels["M"])
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the clips at `rows` (B, int64, on the host), padded to the longest among them."""
@@ -91,7 +90,7 @@ def forward(model: nn.Module, split: Split, rows: Tensor, chunk: int) -> FusionO
 
     Only for models whose output for a clip does not depend on its company (evaluation, or `per_sample`).
     """
-    order = split.by_length(rows)
+    order = split.by_length(rows) if chunk < len(rows) else torch.arange(len(rows))
     parts = [model(split.batch(rows[order[start : start + chunk]])) for start in range(0, len(rows), chunk)]
     return FusionOutput.concatenate(parts)[torch.argsort(order).to(split.device)]
 

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def _describe(name: str, folder: Path, sha256: str) -> TextEncoder:
         raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {reason}") from error
     if config.is_encoder_decoder:
         raise InputError(f"text encoder {name!r} is an encoder-decoder, expected an encoder such as bert-base-uncased")
-    return TextEncoder(name, str(folder), config.to_dict(), width, min(positions, limit), sha256)
+    return replace(encoder, max_tokens=min(positions, limit))
 
 
 def _weights(folder: Path) -> list[Path]:
