@@ -7,8 +7,13 @@ result.mean["MAE"], result.runs[0].folder
 from __future__ import annotations
 
 import json
+import operator
+import random
+import re
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from .data.feature_file import SplitArrays
 from .errors import InputError, RunFailed
 from .jobs import Job, make_plan
 from .metrics import regression
+from .plugins import NAME
 from .runs import environment, finished, finite, load_run, require_writable, write_run
 from .training import Watcher, train
 
@@ -122,8 +128,7 @@ def run(
     Raises:
         InputError: something given is wrong; nothing has been written.
     """
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise InputError(f"seeds must be at least one number, each once, got {list(seeds)}")
+    seeds = _checked_seeds(seeds)
     watcher = watcher or Watcher()
     plan = make_plan(
         model,
@@ -137,19 +142,24 @@ def run(
     )
     place = _device(device)
     job = plan.read(data, text_encoder, watcher)
-    folder = Path(runs) / plan.name / plan.dataset.name / job.identity()
+    folder = Path(runs).expanduser() / plan.name / plan.dataset.name / job.identity()
     done = []
     for number, seed in enumerate(seeds, 1):
         if finished(folder / str(seed)) and not force:
             watcher.note(f"seed {seed} is finished already: {folder / str(seed)} (--force trains it again)")
         else:
-            watcher.start(seed, number, len(seeds), plan.config.model)
             try:
-                _train_seed(job, seed, place, folder / str(seed), watcher)
-            except RunFailed as failure:
-                done.append(SeedRun(seed, "failed", str(failure), None, {}, None))
+                with _ONE_AT_A_TIME:
+                    _train_seed(job, seed, place, folder / str(seed), watcher, f"{number} of {len(seeds)}")
+            except (RunFailed, SystemExit) as failure:
+                reason = str(failure) if isinstance(failure, RunFailed) else "the model left Python with sys.exit"
+                done.append(SeedRun(seed, "failed", reason, None, {}, None))
                 continue
         saved = load_run(folder / str(seed))
+        if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
+            watcher.note(
+                f"seed {seed}: its best epoch is the last one allowed (--epochs {saved.best_epoch}); more may help"
+            )
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
     return Result(plan.name, plan.dataset.name, done, folder, job.protocol())
 
@@ -162,16 +172,46 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher: Watcher) -> None:
-    """Train one seed and write its folder; the global random state is left as it was."""
+_ONE_AT_A_TIME = threading.Lock()
+"""Torch's random numbers are the whole process's: threads that trained at once would get one another's."""
+
+
+def _checked_seeds(seeds: Sequence[int]) -> list[int]:
+    try:
+        checked = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        checked = []
+    if not checked or len(set(checked)) != len(checked) or not all(0 <= seed < 2**32 for seed in checked):
+        raise InputError(f"seeds must be whole numbers from 0 to 2³²−1, at least one and each once, got {seeds}")
+    return checked
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch, numpy and `random`, and leave them afterwards as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # cuDNN's LSTMs would round to TF32.
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), exact:
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher: Watcher, number: str) -> None:
+    """Train one seed and write its folder."""
     assert job.file is not None
     started = time.perf_counter()
     plan = job.plan
     splits = {name: job.split(name, device) for name in job.file.splits}
-    # cuDNN's LSTMs would round to TF32, and not always to the same bits.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), exact:
-        torch.manual_seed(seed)
+    with _seeded(seed, device):
         model = plan.spec.build(plan.config.model, job.info).to(device)
         # A copy: hooks may do with it what they like.
         labels = TrainingData({task: values.clone() for task, values in splits["train"].labels.items()}, job.info)
@@ -180,6 +220,7 @@ def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher
             for hook in plan.hooks
         }
         require_writable(folder.parent)
+        watcher.start(seed, number, plan.config.model)
         outcome = train(
             model,
             hooks,
@@ -221,12 +262,14 @@ def prediction_table(split: SplitArrays, predictions: np.ndarray) -> pd.DataFram
 
 def _artifacts(hooks: Mapping[str, TrainingHook], train_ids: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Return the hooks' tables, with the clips' ids in place of train rows."""
-    tables = {}
+    tables: dict[str, pd.DataFrame] = {}
     for hook in hooks.values():
         for name, columns in hook.artifacts().items():
             table = pd.DataFrame(columns)
             if "index" in table:
-                table["index"] = np.array(train_ids)[table["index"]]
+                table["index"] = np.array(train_ids, dtype=object)[table["index"]]
                 table = table.rename(columns={"index": "id"})
+            if not re.fullmatch(NAME, name) or name in {*tables, "predictions", "history"}:
+                raise RunFailed(f"a hook's table cannot be called {name!r}")
             tables[name] = table
     return tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def import_checkpoint(
     Raises:
         InputError: the file is not such a checkpoint, or does not fit the data.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     importer = Plugins(plugins).load_model(model)[1].import_checkpoint
     if importer is None:
         raise InputError(f"model {model!r} cannot import checkpoints: its spec has no import_checkpoint")
@@ -75,16 +74,17 @@ def import_checkpoint(
             f"{path} has a text encoder of width {found['dims']['text']}, {encoder.name} has {encoder.width}; "
             "pass the one it was trained with as --text-encoder"
         )
-    return _write(job, found, path, Path(runs))
+    return _write(job, found, path, Path(runs).expanduser())
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can make any operation of the unpickler fail
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named:
         raise InputError(f"{path} is not a state dict: it must hold named tensors and nothing else")
     return state
 
@@ -97,9 +97,11 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     try:
         network.load_state_dict(found["model"])
         for name, state in found["hooks"].items():
-            # What a hook knows of the clips that it was trained on is not in the file.
-            if foreign := hooks[name].load_state_dict(state, strict=False).unexpected_keys:
-                raise RuntimeError(f"unknown weights {', '.join(foreign[:3])}")
+            # Parameters must be there; what a hook knows of its training clips is not in the file.
+            loaded = hooks[name].load_state_dict(state, strict=False)
+            parameters = {parameter for parameter, _ in hooks[name].named_parameters()}
+            if wrong := [*loaded.unexpected_keys, *parameters.intersection(loaded.missing_keys)]:
+                raise RuntimeError(f"{', '.join(sorted(wrong)[:3])} is missing or unknown")
     except RuntimeError as error:
         raise InputError(f"{path} does not fit {plan.name}: {str(error).splitlines()[-1].strip()}") from error
     digest = file_sha256(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -27,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # A pipe has no width; rich would fold tables to 80 columns.
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+out = Console(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 120)
 err = Console(stderr=True)
 KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook"}
 SMALL_TABLE = 10
@@ -42,8 +44,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 def main() -> None:
     """Run the command line; an error is one sentence and an exit code: 2 bad input, 1 anything else."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a run must not end with a sign that a terminal cannot show
+            stream.reconfigure(errors="replace")
     try:
-        app()  # exits by itself, with 2 where the command line is not one
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            app()  # exits by itself, with 2 where the command line is not one
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -52,6 +59,10 @@ def main() -> None:
             sys.exit(error.exit_code)
         _complain(f"{type(error).__name__}: {error} (--debug shows where)")
         sys.exit(1)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
 def _complain(message: str) -> None:
@@ -132,13 +143,16 @@ def _seeds(texts: Iterable[str]) -> list[int]:
     seeds: list[int] = []
     for text in (part.strip() for whole in texts for part in whole.split(",")):
         first, dash, last = text.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        if (
+            len(text) > 40
+            or not first.isdecimal()
+            or (dash and not last.isdecimal())
+            or (dash and int(last) < int(first))
+        ):
             raise InputError(f"--seeds takes numbers and ranges, as 1111-1115 or 1,2, got {text!r}")
         if dash and int(last) - int(first) >= 1000:
             raise InputError(f"--seeds {text}: more than 1000 seeds in one range")
         seeds += range(int(first), int(last if dash else first) + 1)
-    if max(seeds) >= 2**63:
-        raise InputError(f"--seeds: {max(seeds)} is too large for a seed")
     return seeds
 
 

@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,17 @@ class RunConfig:
     model: Any
     hooks: dict[str, Config]
     preset: str | None
+    derived: Mapping[str, frozenset[str]]
+    """keys by hook that follow from the model's own"""
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    """what the user set to something else than preset and defaults have"""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return one flat dict, ready for JSON; the keys of hooks as `hook.KEY`."""
+        """Return one flat dict, ready for JSON; the keys of hooks as `hook.KEY`, those that are derived left out."""
         values = self.model.model_dump(mode="json")
-        for config in self.hooks.values():
-            values |= {HOOK + key: value for key, value in config.model_dump(mode="json").items()}
+        for name, config in self.hooks.items():
+            own = config.model_dump(mode="json", exclude=set(self.derived[name]))
+            values |= {HOOK + key: value for key, value in own.items()}
         return values
 
 
@@ -77,13 +82,33 @@ def resolve(
     """
     file_values, file_preset = _read_file(file) if file else ({}, None)
     name, preset_values = _preset(spec, dataset, preset or file_preset)
-    layers = [preset_values, defaults or {}, file_values, overrides or {}]
+    base = _settle(spec, hooks, name, [preset_values, defaults or {}])
+    if not file_values and not overrides:
+        return base
+    chosen = _settle(spec, hooks, name, [preset_values, defaults or {}, file_values, overrides or {}])
+    before = base.as_dict()
+    changed = {key: value for key, value in chosen.as_dict().items() if before[key] != value}
+    return replace(chosen, changed=changed)
+
+
+def derived_keys(spec: ModelSpec, hook: HookSpec) -> frozenset[str]:
+    """Return the keys of a model's own hook that follow from the model's; they cannot be set."""
+    if hook.name not in spec.hooks or spec.hook_config is None:
+        return frozenset()
+    return frozenset(spec.hook_config(config_class(spec)())) & hook.config.model_fields.keys()
+
+
+def _settle(
+    spec: ModelSpec, hooks: Sequence[HookSpec], preset: str | None, layers: Sequence[Mapping[str, Any]]
+) -> RunConfig:
     whole = config_class(spec)
     fields: dict[str, dict[str, FieldInfo]] = {"": dict(whole.model_fields), HOOK: {}}
+    derived_by_hook = {hook.name: derived_keys(spec, hook) for hook in hooks}
     for hook in hooks:
-        if shared := fields[HOOK].keys() & hook.config.model_fields:
+        own = {key: info for key, info in hook.config.model_fields.items() if key not in derived_by_hook[hook.name]}
+        if shared := fields[HOOK].keys() & own:
             raise InputError(f"hook {hook.name!r} has keys of another hook: {', '.join(sorted(shared))}")
-        fields[HOOK] |= hook.config.model_fields
+        fields[HOOK] |= own
     values: dict[str, Any] = {}
     faults: list[str] = []
     for layer in layers:
@@ -104,20 +129,18 @@ def resolve(
     resolved = {}
     for hook in hooks:
         own = hook.config.model_fields
-        given = {}
-        if hook.name in spec.hooks:
-            given = {key: value for key, value in derived.items() if key in own and value is not None}
+        given = {key: derived[key] for key in derived_by_hook[hook.name] if derived.get(key) is not None}
         for key, value in hook_values.items():
             top, _, entry = key.partition(".")
             if top in own and entry:
                 before = given.get(top, own[top].get_default(call_default_factory=True))
-                given[top] = {**(before or {}), entry: value}
+                given[top] = {**(before if isinstance(before, Mapping) else {}), entry: value}
             elif top in own:
                 given[top] = value
         resolved[hook.name] = _validate(hook.config, given, HOOK, faults)
     if faults:
         raise InputError(f"config of {spec.name}: " + "; ".join(dict.fromkeys(faults)))
-    return RunConfig(model, typing.cast("dict[str, Config]", resolved), name)
+    return RunConfig(model, typing.cast("dict[str, Config]", resolved), preset, derived_by_hook)
 
 
 def _preset(spec: ModelSpec, dataset: DatasetSpec, wanted: str | None) -> tuple[str | None, Mapping[str, Any]]:
@@ -140,10 +163,10 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], str | None]:
     if path.suffix not in readers:
         raise InputError(f"config file {path} must end in .json or .toml")
     try:
-        content = readers[path.suffix](path.read_text("utf-8"))
+        content = readers[path.suffix](path.read_text("utf-8-sig"))
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"config file {path} is not {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
@@ -244,7 +267,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--set {key} is given twice")
         try:
             values[key] = words[text.lower()] if text.lower() in words else json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[key] = text
     return values
 
@@ -270,7 +293,8 @@ def describe(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[Row]:
         }
         rows.append(_row(key, info, presets))
     for hook in hooks:
-        rows += [_row(HOOK + key, info, {}) for key, info in hook.config.model_fields.items()]
+        own = hook.config.model_fields.keys() - derived_keys(spec, hook)
+        rows += [_row(HOOK + key, info, {}) for key, info in hook.config.model_fields.items() if key in own]
     return rows
 
 

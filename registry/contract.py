@@ -2,8 +2,9 @@
 
 A model is an `nn.Module` with `forward(batch: Batch) -> FusionOutput` and `feature_dims: dict[str, int]`;
 it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. Without it, all parameters are
-trained with the config's `learning_rate` (1e-3 if it has none) and `weight_decay` (0). The seed of a run is torch's
-alone: draw no numbers from `random` or numpy. B is the batch size.
+trained with the config's `learning_rate` (1e-3 if it has none) and `weight_decay` (0). torch, numpy and `random` are
+seeded for each run. `data.text_encoder.build()` is the text encoder: called with a batch's `text_ids, text_mask,
+text_segments` it gives (B, L, width). B is the batch size.
 """
 
 from __future__ import annotations
@@ -160,8 +161,8 @@ class TrainingHook(nn.Module):
     def end_epoch(self, epoch: int) -> None:
         """Called when an epoch's last update is done."""
 
-    def artifacts(self) -> dict[str, dict[str, Sequence[Any]]]:
-        """Return tables `{name: {column: values}}` to save with the run as `NAME.csv`.
+    def artifacts(self) -> dict[str, dict[str, Any]]:
+        """Return tables `{name: {column: sequence or array of values}}` to save with the run as `NAME.csv`.
 
         A column `index` (train rows) is written as the clips' ids; tables of at most ten rows are also printed.
         """

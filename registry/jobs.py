@@ -6,6 +6,7 @@ job = plan.read("unaligned_50.pkl", text_encoder=None, watcher=Watcher())
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from .plugins import FILE_MODULE, Plugins
 from .runs import identity
 from .training import Watcher
 
+NEEDS = ("text", "text_features", "audio", "vision", "alignment", "T", "A", "V")
 SELECTION = "the epoch with the lowest validation MAE; test is read once"
 
 
@@ -44,7 +46,11 @@ class Plan:
     @property
     def needs(self) -> tuple[str, ...]:
         """What the model needs of the data, under this configuration."""
-        return self.spec.needs(self.config.model) if callable(self.spec.needs) else self.spec.needs
+        needs = self.spec.needs(self.config.model) if callable(self.spec.needs) else self.spec.needs
+        if isinstance(needs, str) or (wrong := [need for need in needs if need not in NEEDS]):
+            given = needs if isinstance(needs, str) else ", ".join(wrong)
+            raise InputError(f"{self.spec.name}: needs must be a tuple of {', '.join(NEEDS)}, got {given!r}")
+        return tuple(needs)
 
     def find_encoder(self, name: str | None) -> TextEncoder | None:
         """Return the text encoder by name, or the dataset's own; None for a model that reads no text."""
@@ -61,11 +67,12 @@ class Plan:
             raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
         if not self.dataset.generate and path is None:
             raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
-        if path is not None and not Path(path).exists():  # said before an encoder is fetched
+        path = None if path is None else Path(path).expanduser()
+        if path is not None and not path.exists():  # said before an encoder is fetched
             raise InputError(f"{path} does not exist")
         encoder = self.find_encoder(text_encoder)
         file = (
-            read_feature_file(Path(path), label_range=self.label_range, known_sha256=self.dataset.sha256)
+            read_feature_file(path, label_range=self.label_range, known_sha256=self.dataset.sha256)
             if path is not None
             else self.dataset.generate()  # type: ignore[misc]
         )
@@ -78,6 +85,10 @@ class Plan:
         sequences = {name: getattr(arrays, name) for name in ("text", "audio", "vision")}
         dims = {name: array.shape[2] for name, array in sequences.items() if array is not None}
         lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in dims}
+        read = [name for name in ("audio", "vision") if name in self.needs]
+        notes += [
+            f"{name} says nothing: train has one value throughout" for name in read if not np.ptp(sequences[name])
+        ]
         if encoder:
             default = self.dataset.text_encoder
             tokens, more = tokenise(file, encoder, default_encoder=default, keep_alignment="alignment" in self.needs)
@@ -138,8 +149,11 @@ class Job:
 
     def identity(self) -> str:
         """Return the config hash; names and paths do not enter it, contents do."""
-        settings = self.settings()
-        settings["text_encoder"] = settings["text_encoder"] and settings["text_encoder"]["sha256"]
+        settings, tokens = self.settings(), hashlib.sha256()
+        for name, made in (self.tokens or {}).items():
+            tokens.update(f"{name}{made.shape}".encode() + made.tobytes())
+        if settings["text_encoder"]:
+            settings["text_encoder"]["name"] = tokens.hexdigest()
         return identity(settings)
 
     def protocol(self) -> dict[str, str]:
@@ -150,7 +164,10 @@ class Job:
             "data": "aligned" if self.info.aligned else "unaligned",
             "text encoder": f"{encoder.name}, fine-tuned" if encoder else "none",
             "preset": config.preset or "none",
-            "incomplete last group": {"step": "stepped", "drop": "dropped"}[config.model.tail],
+            "changed settings": ", ".join(f"{k}={v}" for k, v in config.changed.items()) or "none",
+            "micro-batches that fill no group at an epoch's end": {"step": "used", "drop": "dropped"}[
+                config.model.tail
+            ],
         }
 
 
@@ -186,7 +203,7 @@ def make_plan(
         hook_specs,
         dataset_spec,
         preset=preset,
-        file=None if config_file is None else Path(config_file),
+        file=None if config_file is None else Path(config_file).expanduser(),
         overrides=config,
         defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
     )

@@ -14,7 +14,9 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from typing import Any
 from .errors import InputError, unknown
 
 GROUPS = {"model": "mmsa.models", "dataset": "mmsa.datasets", "hook": "mmsa.hooks"}
+NAME = r"[A-Za-z0-9][\w.-]{0,99}"
+"""What plugins and tables may be called: their names become those of folders and files."""
 FILE_MODULE = "_plugin_"
 """How the names of modules begin that are made of `--plugin` files."""
 _SPECS = {"model": "ModelSpec", "dataset": "DatasetSpec", "hook": "HookSpec"}
@@ -68,12 +72,12 @@ class Plugins:
 
     def entries(self, kind: str) -> list[Entry]:
         """Return every plugin of a kind ("model", "dataset", "hook"), by name; nothing is imported."""
-        installed = set()
-        for point in metadata.entry_points(group=GROUPS[kind]):
-            name, version = "unknown", ""
-            if point.dist is not None:
-                name, version = point.dist.name or name, point.dist.version or version
-            installed.add(Entry(point.name, name, version, point.value, point))
+        installed = {
+            Entry(point.name, name, version, point.value, point)
+            for name, version, points in _distributions()
+            for point in points
+            if point.group == GROUPS[kind]
+        }
         given = [entry for kind_of_entry, entry in self._given if kind_of_entry == kind]
         return sorted([*installed, *given], key=lambda entry: (entry.name, entry.origin))
 
@@ -119,20 +123,39 @@ class Plugins:
         return results
 
 
+def _distributions() -> list[tuple[str, str, metadata.EntryPoints]]:
+    """Return name, version and entry points of what is installed; one that is damaged is warned of and left out."""
+    found: dict[str, tuple[str, str, metadata.EntryPoints]] = {}
+    for distribution in metadata.distributions():
+        try:
+            name = distribution.name
+            # The first on the path is the one that is imported.
+            found.setdefault(name, (name, distribution.version or "", distribution.entry_points))
+        except Exception as error:
+            warnings.warn(f"an installed package's entry points cannot be read: {_cause(error)}", stacklevel=2)
+    return list(found.values())
+
+
 def _are_one(entries: Sequence[Entry]) -> bool:
     try:
         return len({id(entry.load()) for entry in entries}) == 1
-    except (Exception, SystemExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return False
 
 
 def _resolve(kind: str, entry: Entry) -> Any:
     try:
         spec = entry.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # somebody else's code may leave by any exception
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} cannot be used: {_cause(error)}") from error
     if _kind_of(spec) != kind:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} is not a registry.{_SPECS[kind]}")
+    if not re.fullmatch(NAME, spec.name):
+        raise InputError(f"{kind} {spec.name!r} of {entry.origin}: a name is made of letters, digits, '.', '_' and '-'")
     if spec.name != entry.name:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} calls itself {spec.name!r}; the names must be equal")
     return spec
@@ -165,7 +188,9 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
         folder = os.path.dirname(os.path.realpath(given)) if is_file else os.getcwd()
         with _on_path(folder), redirect_stdout(sys.stderr):
             module = _import_path(Path(given)) if is_file else importlib.import_module(given)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise InputError(f"plugin {given} cannot be imported{where}: {_cause(error)}") from error
     specs = {

@@ -25,6 +25,7 @@ def make_watcher(console: Console) -> Iterator[Watcher]:
         BarColumn(),
         TextColumn("epoch {task.fields[epoch]}  {task.fields[figures]}"),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield LiveWatcher(console, progress)
@@ -40,9 +41,9 @@ class PlainWatcher(Watcher):
     def note(self, text: str) -> None:
         self._line(text)
 
-    def start(self, seed: int, number: int, total: int, config: Training) -> None:
+    def start(self, seed: int, number: str, config: Training) -> None:
         self.seed = seed
-        self._line(f"seed {seed} ({number} of {total})")
+        self._line(f"seed {seed} ({number})")
 
     def epoch(self, record: Epoch) -> None:
         self._line(f"seed {self.seed}  {record}")
@@ -59,12 +60,11 @@ class LiveWatcher(PlainWatcher):
         self.progress = progress
         self.task: TaskID | None = None
 
-    def start(self, seed: int, number: int, total: int, config: Training) -> None:
+    def start(self, seed: int, number: str, config: Training) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.config, self.best = config, (math.inf, 0)
-        name = f"{seed} ({number} of {total})"
-        self.task = self.progress.add_task("", total=None, seed=name, epoch=1, figures="")
+        self.task = self.progress.add_task("", total=None, seed=f"{seed} ({number})", epoch=1, figures="")
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         last = min(self.config.epochs or math.inf, self.best[1] + self.config.early_stop)

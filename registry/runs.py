@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from .errors import BenchmarkError, InputError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FINISHED = "metrics.json"
-"""Written last: a folder that holds it is a finished run."""
+WEIGHTS = "model.safetensors"
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -79,12 +81,17 @@ def writing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             replaced = temporary.with_name(f"{temporary.name}.old")
             os.replace(folder, replaced)
-            os.replace(temporary, folder)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                os.replace(replaced, folder)
+                raise
             shutil.rmtree(replaced)
         else:
             os.replace(temporary, folder)
-    except OSError as error:
-        raise BenchmarkError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BenchmarkError(f"the run folder {folder} cannot be written: {reason}") from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,8 +122,9 @@ def write_run(
     with writing(folder) as temporary:
         for name, table in tables.items():
             table.to_csv(temporary / f"{name}.csv", index=False)
-        save_file(weights, temporary / "model.safetensors")
         (temporary / "log.txt").write_text("".join(f"{line}\n" for line in log), "utf-8")
+        save_file(weights, temporary / "model.safetensors")
+        shutil.copymode(temporary / "log.txt", temporary / "model.safetensors")  # safetensors hides it from others
         for name, value in (("config", settings), ("environment", environment), ("metrics", summary)):
             (temporary / f"{name}.json").write_text(json.dumps(finite(value), indent=2) + "\n", "utf-8")
 
@@ -219,7 +227,10 @@ class Run:
 
         settings = self.settings
         plugins = Plugins(self.plugins)
-        _, spec, hooks = plugins.load_model(settings["model"])
+        try:
+            _, spec, hooks = plugins.load_model(settings["model"])
+        except InputError as error:
+            raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
         dataset = plugins.load("dataset", settings["dataset"])
         config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
         data = dict(settings["data"])
@@ -231,7 +242,7 @@ class Run:
         )
         with torch.random.fork_rng(devices=[]):
             model = spec.build(config, info)
-        weights = load_file(self.folder / "model.safetensors")
+        weights = load_file(self.folder / WEIGHTS)
         model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
         return model.eval()
 
@@ -252,12 +263,18 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
     Raises:
         InputError: it is not the folder of a finished run.
     """
-    run = Run(Path(folder), tuple(plugins))
-    if not (run.folder / FINISHED).exists():
-        raise InputError(f"{folder} is not the folder of a finished run: it holds no {FINISHED}")
+    run = Run(Path(folder).expanduser(), tuple(plugins))
+    if not finished(run.folder):
+        raise InputError(
+            f"{folder} is not the folder of a finished run: {FINISHED} or another file is missing or broken"
+        )
     return run
 
 
 def finished(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / FINISHED).exists()
+    """Whether a folder holds a finished run, with all that `Run` reads."""
+    try:
+        summary = json.loads((folder / FINISHED).read_text("utf-8"))
+        return "metrics" in summary and all((folder / name).stat().st_size for name in ("config.json", WEIGHTS))
+    except (OSError, ValueError, TypeError):
+        return False

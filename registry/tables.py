@@ -30,7 +30,7 @@ def result_table(result: Result) -> Rows:
         rows.append(row)
     if result.std is not None:
         epochs = [run.best_epoch for run in runs if run.best_epoch is not None]
-        rows[0]["mean ± sd"] = f"{min(epochs)} to {max(epochs)}"
+        rows[0]["mean ± sd"] = f"{min(epochs)} to {max(epochs)}" if len(set(epochs)) > 1 else str(epochs[0])
     return rows
 
 

@@ -35,7 +35,8 @@ class Epoch:
     def __str__(self) -> str:
         return (
             f"epoch {self.epoch:3d}  train loss {self.train_loss:.4f}  validation MAE {self.valid_mae:.4f}"
-            f"{' (best)' if self.best else ''}  {self.train_seconds:.1f} s + {self.valid_seconds:.1f} s"
+            f"{' (best)' if self.best else ''}  "
+            f"training {self.train_seconds:.1f} s, validation {self.valid_seconds:.1f} s"
         )
 
 
@@ -45,8 +46,8 @@ class Watcher:
     def note(self, text: str) -> None:
         """Something about the data or the settings that the user should know."""
 
-    def start(self, seed: int, number: int, total: int, config: Training) -> None:
-        """Seed `number` of `total` starts training."""
+    def start(self, seed: int, number: str, config: Training) -> None:
+        """A seed starts training; `number` is as `2 of 5`."""
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         """A group of an epoch is done; all count from 1."""
@@ -206,9 +207,16 @@ class _Step:
             nn.utils.clip_grad_value_(parameters, self.config.clip_value)
 
     def _loss(self, output: FusionOutput, batch: Any) -> Tensor:
+        truth = batch.labels["M"]
+        if output.prediction.shape != truth.shape:  # it would be broadcast
+            raise RunFailed(
+                f"the model's prediction has shape {tuple(output.prediction.shape)}, not {tuple(truth.shape)}"
+            )
         criterion = l1_loss if self.config.criterion == "l1" else mse_loss
-        loss = criterion(output.prediction, batch.labels["M"])
-        return loss + sum(output.losses.values()) + sum(hook.loss(output, batch) for hook in self.hooks)
+        losses = [*output.losses.values(), *(hook.loss(output, batch) for hook in self.hooks)]
+        if any(loss.dim() for loss in losses):
+            raise RunFailed("a loss of the model or of a hook is not a scalar")
+        return criterion(output.prediction, truth) + sum(losses)
 
     def _observe(self, output: FusionOutput, batch: Any, epoch: int) -> None:
         for hook in self.hooks:

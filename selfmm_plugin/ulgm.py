@@ -84,7 +84,8 @@ class UnimodalLabelGenerator(nn.Module):
         feature_dims: feature width of `"fusion"` and of each modality, any names and number.
         label_range: generated labels are clamped to ±this.
         exclude_zero: whether a label of 0 belongs to neither class; else it counts as positive.
-        distance: `"l2"` (the authors' code), `"squared"` (‖·‖²/√d), `"cosine"`, or a callable.
+        distance: `"l2"` (the authors' code), `"squared"` (‖·‖²/√d), `"cosine"`, or a callable. Near a centre the
+            relative distance grows without bound, with the last two soonest: expect labels to jump to ±range.
         known: (N) human unimodal labels by modality, NaN where unknown; known labels never move.
 
     Raises:
@@ -108,7 +109,7 @@ class UnimodalLabelGenerator(nn.Module):
             raise ValueError(f"labels must be a finite tensor of shape (N), got shape {tuple(labels.shape)}")
         if "fusion" not in feature_dims:
             raise ValueError(f"feature_dims must name 'fusion', got {sorted(feature_dims)}")
-        if label_range <= 0:
+        if not label_range > 0:
             raise ValueError(f"label_range must be positive, got {label_range}")
         if not callable(distance) and distance not in DISTANCES:
             raise ValueError(f"distance must be a callable or one of {sorted(DISTANCES)}, got {distance!r}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +124,9 @@ def test_a_finished_run_is_found_and_force_repeats_it(quick):
     assert again.mean == forced.mean
 
 
-@pytest.mark.parametrize("seeds", [[], [1, 1]])
+@pytest.mark.parametrize("seeds", [[], [1, 1], [1.0], ["1"], 1, [2**32], [-1]])
 def test_seeds_that_make_no_sense(quick, seeds):
-    with pytest.raises(InputError, match="seeds must be at least one number, each once"):
+    with pytest.raises(InputError, match="seeds must be whole numbers from 0 to"):
         quick(seeds=seeds)
 
 
@@ -342,3 +345,78 @@ def test_cuda_where_there_is_none(tmp_path, encoder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="this machine has no CUDA device that torch can use; pass --device cpu"):
         registry.run("self_mm", "mosi", data=feature_file(tmp_path), text_encoder=encoder, device="cuda")
+
+
+# --- what a model may do wrong
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    feature_file(tmp_path)
+    settings = {**QUICK, "modalities": "audio"}
+    done = registry.run(
+        "self_mm", "custom", data="~/features.pkl", runs="~/runs", label_range=3.0, config=settings
+    ).runs[0]
+    assert done.folder.is_relative_to(tmp_path / "runs")
+    assert (done.folder / "history.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        ("return FusionOutput(self.linear(mean))", r"the model's prediction has shape \(4, 1\), not \(4,\)"),
+        ("raise SystemExit(0)", "the model left Python with sys.exit"),
+        ("return FusionOutput(self.linear(mean)[:, 0], losses={'x': mean})", "is not a scalar"),
+    ],
+)
+def test_a_model_that_misbehaves_is_a_failed_run(quick, tmp_path, forward, reason):
+    result = quick(model="mean", plugins=[plugin(tmp_path, forward)])
+    assert result.runs[0].status == "failed"
+    assert re.search(reason, result.runs[0].reason)
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [('"audio"', "needs must be a tuple of text, .*, got 'audio'"), ('("adio",)', "got 'adio'")],
+)
+def test_needs_that_are_none(quick, tmp_path, needs, message):
+    file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])", options=f", needs={needs}")
+    with pytest.raises(InputError, match=message):
+        quick(model="mean", plugins=[file])
+
+
+def test_numpy_and_random_are_seeded_too_and_left_as_they_were(quick, tmp_path):
+    forward = "return FusionOutput(self.linear(mean)[:, 0] + float(numpy.random.rand()) + random.random())"
+    file = Path(plugin(tmp_path, forward))
+    file.write_text("import random\nimport numpy\n" + file.read_text())
+    random.seed(3)
+    np.random.seed(3)
+    expected = random.Random(3).random(), np.random.RandomState(3).rand()
+    values = [quick(model="mean", plugins=[str(file)], runs=runs).mean["MAE"] for runs in ("a", "b")]
+    assert values[0] == values[1]
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_threads_get_the_numbers_they_would_get_alone(quick, tmp_path):
+    data = feature_file(tmp_path)
+    alone = {seed: weights(quick(data, seeds=[seed], runs="alone")) for seed in (1, 2)}
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda seed: quick(data, seeds=[seed], runs=f"t{seed}"), (1, 2)))
+    assert [weights(result) for result in together] == [alone[1], alone[2]]
+
+
+def test_hints_about_data_and_epochs(quick, tmp_path, encoder):
+    silent = feature_file(tmp_path, name="silent.pkl", vision=lambda v: v * 0)
+    notes = Notes()
+    quick(silent, watcher=notes, config={"epochs": 1})
+    assert "vision says nothing: train has one value throughout" in notes.notes
+    assert any("its best epoch is the last one allowed (--epochs 1)" in note for note in notes.notes)
+    registry.run("self_mm", "mosi", data=silent, text_encoder=encoder, runs=tmp_path, config=QUICK, watcher=notes)
+    assert "silent.pkl has 8 train clips, mosi as published has 1284" in notes.notes
+
+
+def test_the_protocol_names_changed_settings(quick):
+    changed = quick(config={"H": 2.0}).protocol["changed settings"]
+    assert "label_range=2.0" in changed
+    assert "epochs=2" in changed
+    assert "early_stop" not in changed

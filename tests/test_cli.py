@@ -118,7 +118,7 @@ def test_seeds(texts, seeds):
     assert cli._seeds(texts) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "5-3", "-1", "1--2", "1-", "1.5", "0-99999", str(2**64)])
+@pytest.mark.parametrize("text", ["", "a", "5-3", "-1", "1--2", "1-", "1.5", "0-99999", "1" * 5000])
 def test_seeds_that_are_none(text):
     with pytest.raises(InputError, match="--seeds"):
         cli._seeds([text])

@@ -81,16 +81,32 @@ def test_the_preset_mmsa_is_upstreams_published_configuration():
 # --- spellings and hooks
 
 
-@pytest.mark.parametrize("key", ["H", "label_range", "hook.label_range"])
+@pytest.mark.parametrize("key", ["H", "label_range"])
 def test_label_range_reaches_the_hook_in_every_spelling(key):
     assert settle(overrides={key: 2.0}).hooks["ulgm"].label_range == 2.0
 
 
-def test_keys_of_the_model_shape_the_hook_unless_the_hooks_own_are_given():
-    config = settle(overrides={"post_text_dim": 5, "excludeZero": False, "hook.head_dims.audio": 6})
-    assert config.hooks["ulgm"].head_dims == {"text": 5, "audio": 6, "vision": 32}
+def test_keys_of_the_model_shape_its_own_hook_and_are_the_only_way_to():
+    config = settle(overrides={"post_text_dim": 5, "excludeZero": False, "hook.distance": "cosine"})
+    assert config.hooks["ulgm"].head_dims == {"text": 5, "audio": 16, "vision": 32}
     assert config.hooks["ulgm"].exclude_zero is False
-    assert settle(overrides={"exclude_zero": False, "hook.exclude_zero": True}).hooks["ulgm"].exclude_zero is True
+    assert [key for key in config.as_dict() if key.startswith("hook.")] == ["hook.distance"]
+    assert "unknown key 'hook.exclude_zero', did you mean 'exclude_zero'?" in refusal(
+        overrides={"hook.exclude_zero": True}
+    )
+
+
+def test_a_borrowed_hook_has_all_its_keys():
+    spec = replace(SELF_MM, hooks=(), hook_config=None)
+    config = settle(spec=spec, overrides={"hook.tasks": "MT", "hook.head_dims.audio": 6})
+    assert config.hooks["ulgm"].head_dims == {"text": 32, "audio": 6, "vision": 32}
+    assert config.as_dict()["hook.tasks"] == "MT"
+
+
+def test_what_was_changed_is_told_apart_from_preset_and_defaults():
+    assert settle(defaults={"epochs": 15}).changed == {}
+    assert settle(overrides={"batch_size": 16, "H": 2}).changed == {"label_range": 2.0}
+    assert settle(defaults={"epochs": 15}, overrides={"epochs": 3}).changed == {"epochs": 3}
 
 
 def test_a_later_layer_may_use_the_other_spelling(tmp_path):
@@ -119,7 +135,7 @@ def test_files_of_every_form(tmp_path, name, text):
 
 
 def test_what_a_run_writes_is_read_again(tmp_path):
-    config = settle(overrides={"modalities": "text,audio", "epochs": None, "hook.head_dims.text": 3})
+    config = settle(overrides={"modalities": "text,audio", "epochs": None, "hook.distance": "cosine"})
     (tmp_path / "config.json").write_text(json.dumps({"config": config.as_dict()}))
     assert settle(file=tmp_path / "config.json").as_dict() == config.as_dict()
 
@@ -177,7 +193,6 @@ def test_every_fault_is_listed_at_once_with_a_suggestion():
         ({"batch_size.x": 1}, "unknown key 'batch_size.x'"),
         ({"hook": 3}, "unknown key 'hook'"),
         ({"batch_size": True}, "'batch_size' must be an integer, got True"),
-        ({"hook.head_dims": {"text": "wide"}}, "'hook.head_dims.text' must be an integer, got 'wide'"),
     ],
 )
 def test_values_that_do_not_fit(overrides, message):
@@ -186,7 +201,7 @@ def test_values_that_do_not_fit(overrides, message):
 
 def test_hooks_that_share_a_key():
     twin = HookSpec(name="twin", summary="", build=UlgmConfig, config=UlgmConfig)
-    with pytest.raises(InputError, match="hook 'twin' has keys of another hook: distance, exclude_zero"):
+    with pytest.raises(InputError, match="hook 'twin' has keys of another hook: distance"):
         resolve(SELF_MM, [ULGM, twin], MOSI)
 
 
@@ -199,6 +214,23 @@ def test_a_borrowed_hook_is_not_shaped_by_the_models_keys():
     borrowed = HookSpec(name="borrowed", summary="", build=Ranged, config=Ranged)
     spec = replace(SELF_MM, hooks=())
     assert resolve(spec, [borrowed], MOSI, overrides={"tasks": "MT"}).hooks["borrowed"].tasks == "M"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hook.head_dims": {"text": "wide"}}, "'hook.head_dims.text' must be an integer, got 'wide'"),
+        ({"hook.head_dims.text": -1}, "'hook.head_dims.text' must be at least 1, got -1"),
+        ({"hook.head_dropouts.text": 2}, "'hook.head_dropouts.text' must be less than 1, got 2"),
+        ({"hook.head_dims": 5, "hook.head_dims.text": 3}, None),
+    ],
+)
+def test_tables_of_a_hook(overrides, message):
+    spec = replace(SELF_MM, hooks=(), hook_config=None)
+    if message is None:  # the later one wins
+        assert settle(spec=spec, overrides=overrides).hooks["ulgm"].head_dims == {"text": 3}
+    else:
+        assert message in refusal(spec=spec, overrides=overrides)
 
 
 def test_hook_keys_without_a_hook():
@@ -228,7 +260,9 @@ def test_settings_that_are_wrong(given, message):
 
 def test_describe_tells_every_key_its_type_default_and_presets():
     rows = {row.key: row for row in describe(SELF_MM, [ULGM])}
-    assert rows.keys() == {*config_class(SELF_MM).model_fields, *(f"hook.{key}" for key in UlgmConfig.model_fields)}
+    assert rows.keys() == {*config_class(SELF_MM).model_fields, "hook.distance"}
+    plain = {row.key for row in describe(replace(SELF_MM, hooks=()), [ULGM])}
+    assert plain >= {f"hook.{key}" for key in UlgmConfig.model_fields}
     assert all(row.meaning and row.type for row in rows.values())
     batch_size = rows["batch_size"]
     assert (batch_size.type, batch_size.default, batch_size.presets["mmsa"]["mosei"]) == ("integer", 16, 32)
@@ -269,7 +303,7 @@ def test_every_key_is_read_by_something(tmp_path, encoder, monkeypatch):
         runs=tmp_path / "runs",
         config={"epochs": 1},
     )
-    assert read == {row.key for row in describe(SELF_MM, [ULGM])}
+    assert read == {*config_class(SELF_MM).model_fields, *(f"hook.{key}" for key in UlgmConfig.model_fields)}
 
 
 @pytest.mark.parametrize("key", sorted(set(SELF_MM.config.model_fields) - {"modalities", "tasks", "supervision"}))

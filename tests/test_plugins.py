@@ -489,3 +489,28 @@ def test_a_file_finds_its_neighbours_and_a_module_the_working_folder(tmp_path, m
     assert Plugins([str(tmp_path / "beside.py")]).load("model", "beside").name == "beside"
     assert Plugins(["beside"]).load("model", "beside").name == "beside"
     assert sys.path == before
+
+
+@pytest.mark.parametrize("name", ["../escape", "/absolute", ".hidden", "a b", "x" * 101])
+def test_a_name_that_is_no_folders_name(tmp_path, name):
+    (tmp_path / "odd.py").write_text(MODEL.format(name, "odd"))
+    with pytest.raises(InputError, match="a name is made of letters, digits"):
+        Plugins([str(tmp_path / "odd.py")]).load("model", name)
+
+
+def test_a_damaged_distribution_is_warned_of_and_the_rest_works(install, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    install("stranger", MODEL.format("mine", "stranger"), mine="stranger:SPEC")
+    damaged = tmp_path / "damaged-1.0.dist-info"
+    damaged.mkdir()
+    (damaged / "METADATA").write_text("Metadata-Version: 2.1\nName: damaged\nVersion: 1.0\n")
+    (damaged / "entry_points.txt").write_text("[mmsa.models]\nno equals sign\n")
+    with pytest.warns(UserWarning, match="an installed package's entry points cannot be read"):
+        assert Plugins().load("model", "mine").name == "mine"
+
+
+def test_a_plugin_that_leaves_by_an_exception_of_its_own(install):
+    code = "class Panic(BaseException): ...\nraise Panic('deep')"
+    install("stranger", code, mine="stranger:SPEC")
+    with pytest.raises(InputError, match="cannot be used: Panic: deep"):
+        Plugins().load("model", "mine")

@@ -114,7 +114,7 @@ def test_the_weights_hold_the_hook_as_well(trained):
 
 
 def test_an_id_that_looks_like_a_number_or_like_nothing_stays_text(tmp_path):
-    (tmp_path / "metrics.json").write_text("{}")
+    finish(tmp_path)
     pd.DataFrame({"id": ["007", "NA", "nan"], "prediction": [1.0, 2.0, np.nan]}).to_csv(
         tmp_path / "predictions.csv", index=False
     )
@@ -129,14 +129,36 @@ def test_an_id_that_looks_like_a_number_or_like_nothing_stays_text(tmp_path):
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
 def test_not_a_run(tmp_path, make):
     make(tmp_path / "run")
-    with pytest.raises(InputError, match=r"is not the folder of a finished run: it holds no metrics\.json"):
+    with pytest.raises(InputError, match=r"is not the folder of a finished run: metrics\.json or another file"):
         load_run(tmp_path / "run")
 
 
-def test_a_run_with_a_broken_file(tmp_path):
-    (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(InputError, match=r"is not a finished run: metrics\.json cannot be read"):
-        _ = load_run(tmp_path).metrics
+def finish(folder: Path) -> None:
+    """Make a folder that looks like a finished run."""
+    (folder / "metrics.json").write_text('{"metrics": {}}')
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("x")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "null", ""])
+def test_a_run_with_a_broken_file_is_not_finished(tmp_path, content):
+    finish(tmp_path)
+    assert finished(tmp_path)
+    (tmp_path / "metrics.json").write_text(content)
+    assert not finished(tmp_path)
+    with pytest.raises(InputError, match="is not the folder of a finished run"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.json", "model.safetensors"])
+def test_a_run_that_lacks_a_file_is_not_finished(tmp_path, name):
+    finish(tmp_path)
+    (tmp_path / name).unlink()
+    assert not finished(tmp_path)
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    finish(tmp_path)
     with pytest.raises(InputError, match="has no table 'labels'"):
         load_run(tmp_path).table("labels")
 
@@ -227,7 +249,58 @@ def test_the_hash_is_stable():
     assert len(identity({})) == 12
 
 
-def test_finished(tmp_path):
-    assert not finished(tmp_path)
-    (tmp_path / "metrics.json").touch()
-    assert finished(tmp_path)
+@pytest.mark.parametrize("change", ["weights", "config", "tokenizer"])
+def test_another_text_encoder_is_another_run(tmp_path, encoder, change):
+    """The same weights read otherwise, or fed otherwise, are not the same encoder."""
+    other = tmp_path / "other"
+    shutil.copytree(encoder, other)
+    if change == "weights":
+        tiny_encoder(other)
+    elif change == "config":
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.9}))
+    else:
+        text = (other / "tokenizer.json").read_text()
+        swapped = text.replace('"good"', '"?"').replace('"bad"', '"good"').replace('"?"', '"bad"')
+        (other / "tokenizer.json").write_text(swapped)
+    plan, data = make_plan("self_mm", "custom", label_range=3.0), feature_file(tmp_path)
+    first, second = (plan.read(data, str(folder), Watcher()).identity() for folder in (encoder, other))
+    assert first != second
+
+
+def test_the_old_run_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    with writing(tmp_path / "run") as temporary:
+        (temporary / "old").touch()
+    replace, calls = os.replace, []
+
+    def fail_at_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", fail_at_second)
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "run") as temporary:
+        (temporary / "new").touch()
+    assert os.listdir(tmp_path) == ["run"]
+    assert os.listdir(tmp_path / "run") == ["old"]
+
+
+def test_a_full_disk_is_said_in_one_sentence(tmp_path):
+    from safetensors import SafetensorError
+
+    with pytest.raises(BenchmarkError, match="cannot be written: I/O error: no space"), writing(tmp_path / "run"):
+        raise SafetensorError("I/O error: no space")
+    assert os.listdir(tmp_path) == []
+
+
+def test_everybody_who_may_read_the_folder_may_read_the_weights(trained):
+    run, _ = trained
+    assert (run.folder / "model.safetensors").stat().st_mode == (run.folder / "config.json").stat().st_mode
+
+
+def test_a_model_that_is_not_packaged_says_how_to_load_it(tmp_path):
+    finish(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": "mine"}')
+    with pytest.raises(InputError, match=r"unknown model 'mine'.*loaded with plugins=\[…\]"):
+        _ = load_run(tmp_path).model

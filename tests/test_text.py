@@ -236,3 +236,33 @@ def test_real_file(name, same, minilm):
     tokens, notes = tokenise(file, minilm, default_encoder="bert-base-uncased")
     assert (tokens["train"] is file.splits["train"].text_bert) == same
     assert (notes == []) == same
+
+
+def test_weights_that_lack_tensors_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    kept = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "word_embeddings" not in k}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"its weights lack 1 tensors, as embeddings\.word_embeddings\.weight"):
+        encoder.build()
+
+
+@pytest.mark.parametrize("change", ["truncated", "another width"])
+def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, change):
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 12}))
+    with pytest.raises(InputError, match="its weights cannot be loaded") as caught:
+        encoder.build()
+    assert "\n" not in str(caught.value)
+
+
+def test_text_in_another_language_is_said(tmp_path):
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
+    file = read(feature_file(tmp_path, text_bert=None, raw_text=lambda texts: ["这 个 电 影"] * len(texts)))
+    notes = tokenise(file, encoder, default_encoder=None)[1]
+    assert any("does not know 67% of the tokens: it may be an encoder for another language" in note for note in notes)

@@ -212,3 +212,20 @@ def test_a_masked_clip_adds_no_loss() -> None:
         made.observe(ALL, epoch)
     nobody = {name: torch.zeros(5, dtype=torch.bool) for name in ("speech", "face")}
     assert float(made.loss(features, ALL, nobody).detach()) == 0
+
+
+def test_features_that_are_missing_are_refused() -> None:
+    supervision = UnimodalSupervision(LABELS, {"fusion": 1, "speech": 1}, label_range=3.0)
+    for given in ({"speech": line([1.0])}, {"fusion": line([1.0])}):
+        with pytest.raises(ValueError, match=r"features\['(fusion|speech)'\] is missing, got (fusion|speech)"):
+            supervision.loss(given, torch.tensor([0]))
+
+
+def test_autocast_does_not_lower_the_precision_of_the_centres() -> None:
+    torch.manual_seed(0)
+    features = {"fusion": torch.randn(5, 1), "speech": torch.randn(5, 1)}
+    plain, cast = generator(), generator()
+    plain.update(features, ALL, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast.update(features, ALL, 1)
+    assert torch.equal(plain.centers["speech"][0], cast.centers["speech"][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 _LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
 _MOST_FAULTS = 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass
@@ -206,10 +208,15 @@ class _Check:
             self.fault(where, f"{clips} rows as in id", str(len(rows)))
             return None
         try:
-            return [_clean(row) for row in rows]
+            texts = [_clean(row) for row in rows]
         except ValueError:  # an integer of thousands of digits
             self.fault(where, "a list of strings", "a number too long to print")
             return None
+        if where.endswith(": id") and (odd := [text for text in texts if not text or _CONTROL.search(text)]):
+            # They would not survive a CSV file.
+            self.fault(where, "ids that are not empty and hold no control characters", repr(odd[0]))
+            return None
+        return texts
 
     def numbers(self, where: str, value: Any, dims: int, clips: int | None, whole: bool = False) -> np.ndarray | None:
         """Return an array of `dims` dimensions and `clips` rows, float32 or, if `whole`, int64; None if it is not."""

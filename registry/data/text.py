@@ -31,6 +31,8 @@ _SAMPLE = 32
 _SAME_VOCABULARY = 0.9
 _HUB_SECONDS = 5
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_NOT_SETTINGS = {"_name_or_path", "transformers_version"}
+_MANY_UNKNOWN = 0.1
 _ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer"}
 
 
@@ -58,14 +60,27 @@ class TextEncoder:
         return cls(name, None, config, width=config["hidden_size"], max_tokens=tokens, sha256="")
 
     def build(self) -> TextModel:
-        """Return the encoder in float32, with the weights in `source`."""
+        """Return the encoder in float32, with the weights in `source`.
+
+        It is called with token ids, mask and segments (B, L) and gives the last hidden state (B, L, width).
+
+        Raises:
+            InputError: the weights do not fit the configuration, or some are missing.
+        """
         from transformers import AutoConfig, AutoModel
 
-        with _quiet():
-            if self.source is not None:
-                model = AutoModel.from_pretrained(self.source, local_files_only=True)
-            else:
-                model = AutoModel.from_config(AutoConfig.for_model(**self.config))
+        if self.source is None:
+            return TextModel(AutoModel.from_config(AutoConfig.for_model(**self.config)).float())
+        try:
+            with _quiet():
+                model, loading = AutoModel.from_pretrained(self.source, output_loading_info=True, **_LOCAL)
+        except Exception as error:  # transformers raises all kinds for files that it cannot use
+            raise InputError(f"text encoder {self.name!r}: its weights cannot be loaded: {_one_line(error)}") from error
+        absent = [name for name in loading["missing_keys"] if "pooler" not in name and "position_ids" not in name]
+        if absent:
+            raise InputError(
+                f"text encoder {self.name!r}: its weights lack {len(absent)} tensors, as {sorted(absent)[0]}"
+            )
         return TextModel(model.float())
 
     def tokenizer(self) -> Any:
@@ -147,14 +162,18 @@ def _describe(name: str, folder: Path, sha256: str) -> TextEncoder:
         positions = getattr(config, "max_position_embeddings", None) or 512
         if config.model_type in _ROBERTA_LIKE:  # positions are counted from behind the padding id
             positions -= (config.pad_token_id or 0) + 1
-        encoder = TextEncoder(name, str(folder), config.to_dict(), width, positions, sha256)
+        settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_SETTINGS}
+        encoder = TextEncoder(name, str(folder), settings, width, positions, sha256)
         limit = encoder.tokenizer().model_max_length
     except Exception as error:  # transformers raises all kinds for files that it cannot use
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {reason}") from error
+        raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {_one_line(error)}") from error
     if config.is_encoder_decoder:
         raise InputError(f"text encoder {name!r} is an encoder-decoder, expected an encoder such as bert-base-uncased")
     return replace(encoder, max_tokens=min(positions, limit))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -253,11 +272,21 @@ def tokenise(
     if max(int(split[:, 0].max()) for split in tokens.values()) >= vocabulary:
         raise InputError(f"text encoder {encoder.name!r}: its tokenizer makes ids that the model does not know")
     notes = [f"raw_text was tokenised for {encoder.name}{_reason(has_ids, fits, share)}"]
+    if (unknown := _share_of(tokens, tokenizer.unk_token_id)) > _MANY_UNKNOWN:
+        notes.append(
+            f"{encoder.name} does not know {unknown:.0%} of the tokens: it may be an encoder for another language"
+        )
     if tokenizer.tokenize("GOOD") != tokenizer.tokenize("good") and _all_upper(file):
         notes.append(
             f"raw_text is all upper case, which {encoder.name} tells from lower case: an uncased one fits better"
         )
     return tokens, notes
+
+
+def _share_of(tokens: Mapping[str, np.ndarray], token: int | None) -> float:
+    """Return which share of the real tokens is `token`."""
+    real = sum(int(split[:, 1].sum()) for split in tokens.values())
+    return sum(int(((split[:, 0] == token) & (split[:, 1] == 1)).sum()) for split in tokens.values()) / real
 
 
 def _reason(has_ids: bool, fits: bool, share: float) -> str:
