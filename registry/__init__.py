@@ -1,5 +1,7 @@
 """An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run` and the contract for plugins.
 
+`registry.metrics` holds the metrics, `registry.testing` the checks for plugin authors.
+
 Names are resolved on first use, so that `import registry` loads neither torch nor transformers.
 """
 
@@ -23,6 +25,8 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("metrics", "testing"):
+        return import_module(f"registry.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'registry' has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)

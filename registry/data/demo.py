@@ -74,7 +74,7 @@ def generate(conflict: float = 0.3, seed: int = 7) -> FeatureFile:
         for array in (*split.labels.values(), split.audio_lengths, split.vision_lengths):
             digest.update(np.round(np.asarray(array, dtype=np.float64) * 5).astype(np.int64).tobytes())
     note = (
-        f"demo is synthetic (in {conflict:.0%} of its clips the modalities disagree): "
+        f"demo is synthetic (modalities disagree in {conflict:.0%} of it): "
         "it shows that the tool works, not which model is better"
     )
     return FeatureFile("demo", splits, aligned=False, sha256=digest.hexdigest(), notes=[note])
