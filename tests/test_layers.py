@@ -222,6 +222,6 @@ def test_tools_have_nothing_to_say(arguments, tmp_path):
 
 
 def test_metrics_and_testing_are_reached_without_a_further_import():
-    code = "import registry; print(registry.metrics.regression([1.0, 2.0], [1.0, 2.0])['MAE'], registry.testing.check_model)"
+    code = "import registry as r; print(r.metrics.regression([1.0, 2.0], [1.0, 2.0])['MAE'], r.testing.check_model)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("0.0 <function check_model")
