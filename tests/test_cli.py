@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +219,7 @@ def broken(path: Path, kind: str) -> Path:
         ("folder", "is a folder"),
         ("not a pickle", "is not a pickle"),
         ("empty", "is empty, expected a pickled feature file"),
-        ("truncated", "is cut short or not a pickle: fetch it again"),
+        ("truncated", "is not a pickle, or is damaged or cut short"),
         ("code", ".system'; a feature file may hold numpy arrays and plain containers only"),
         ("missing key", "train: regression_labels: expected one a clip, found nothing"),
         ("row count", "train: audio: expected 8 rows as in id, found 7"),
@@ -271,6 +273,17 @@ def test_broken_command_lines(benchmark, arguments):
     code, _, err = benchmark(*arguments)
     assert code == 2
     assert "Traceback" not in err
+
+
+def test_version(benchmark):
+    assert benchmark("--version") == (0, f"selfmm-plugin {metadata.version('selfmm-plugin')}\n", "")
+
+
+def test_a_warning_is_one_line(benchmark, monkeypatch):
+    monkeypatch.setattr(
+        "registry.plugins.Plugins.entries", lambda *_: warnings.warn("\n two\nlines", stacklevel=1) or []
+    )
+    assert benchmark("list", "models") == (0, "no models are registered\n", "warning: two lines\n")
 
 
 def test_without_the_demo_extra_one_line_says_what_to_do(benchmark, monkeypatch, empty_folder):

@@ -194,7 +194,9 @@ def test_raw_text_alone(tmp_path, minilm):
 def test_long_text_is_truncated(tmp_path):
     encoder = find_text_encoder(str(tiny_encoder(tmp_path)))
     file = read(feature_file(tmp_path, text_bert=None, raw_text=lambda texts: ["good " * 50] * len(texts)))
-    assert tokenise(file, encoder, default_encoder=None)[0]["train"].shape == (8, 3, encoder.max_tokens)
+    tokens, notes = tokenise(file, encoder, default_encoder=None)
+    assert tokens["train"].shape == (8, 3, encoder.max_tokens)
+    assert f"16 clips fill the {encoder.max_tokens} tokens" in notes[1]
 
 
 def test_padding_beyond_the_encoders_positions_is_cut(tmp_path, minilm):

@@ -146,14 +146,14 @@ def load_pickle(path: Path) -> Any:
         raise InputError(
             f"{path} asks to load {asked!r}; a feature file may hold numpy arrays and plain containers only"
         ) from None
-    except EOFError:
-        raise InputError(f"{path} is cut short or not a pickle: fetch it again") from None
     except MemoryError:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged pickle can make any operation of the unpickler fail
-        raise InputError(f"{path} is not a pickle or is damaged ({type(error).__name__}): fetch it again") from None
+        raise InputError(
+            f"{path} is not a pickle, or is damaged or cut short ({type(error).__name__}): fetch it again"
+        ) from None
 
 
 def plain(value: Any, depth: int = 0) -> Any:
