@@ -1,6 +1,7 @@
 """An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run` and the contract for plugins.
 
-`registry.metrics` holds the metrics, `registry.testing` the checks for plugin authors.
+`registry.metrics` holds the metrics, `registry.progress` what shows a run's progress, `registry.testing` the checks for
+plugin authors.
 
 Names are resolved on first use, so that `import registry` loads neither torch nor transformers.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 _HOME = {
     "registry.contract": (
-        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec Training TrainingData TrainingHook "
+        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec Rates Training TrainingData TrainingHook "
         "register_model"
     ),
     "registry.errors": "BenchmarkError InputError RunFailed",
@@ -25,7 +26,7 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "testing"):
+    if name in ("metrics", "progress", "testing"):
         return import_module(f"registry.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'registry' has no attribute {name!r}")

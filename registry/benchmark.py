@@ -12,9 +12,10 @@ import random
 import re
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ import torch
 from .contract import TrainingData, TrainingHook
 from .data.batches import predict
 from .data.feature_file import SplitArrays
-from .errors import InputError, RunFailed
+from .errors import BenchmarkError, InputError, RunFailed
 from .jobs import Job, make_plan
 from .metrics import regression
 from .plugins import NAME
 from .runs import environment, finished, finite, load_run, require_writable, write_run
-from .training import Watcher, train
+from .training import Epoch, Watcher, train
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One seed: `status` "ok" or "failed" (with its `reason`), test metrics as fractions."""
+    """One seed: `status` "ok" or "failed" (with its `reason` and what was raised), test metrics as fractions."""
 
     seed: int
     status: str
@@ -43,6 +44,7 @@ class SeedRun:
     best_epoch: int | None
     metrics: dict[str, float]
     folder: Path | None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,17 @@ class Result:
         value = {
             "model": self.model,
             "dataset": self.dataset,
-            "runs": [{**asdict(run), "folder": run.folder and str(run.folder)} for run in self.runs],
+            "runs": [
+                {
+                    "seed": run.seed,
+                    "status": run.status,
+                    "reason": run.reason,
+                    "best_epoch": run.best_epoch,
+                    "metrics": run.metrics,
+                    "folder": run.folder and str(run.folder),
+                }
+                for run in self.runs
+            ],
             "mean": self.mean,
             "std": self.std,
             "folder": str(self.folder),
@@ -123,7 +135,10 @@ def run(
         runs: the folder that holds run folders; nothing is written outside it.
         plugins: files or modules of plugins that are not packaged.
         force: train again where a finished run exists.
-        watcher: is told of progress.
+        watcher: is told of progress; without one, what you should know is a Python warning.
+
+    Returns:
+        Every seed, also those that failed: by a loss that is not finite or by an exception of the model's.
 
     Raises:
         InputError: something given is wrong; nothing has been written.
@@ -146,22 +161,47 @@ def run(
     done = []
     for number, seed in enumerate(seeds, 1):
         if finished(folder / str(seed)) and not force:
-            watcher.note(f"seed {seed} is finished already: {folder / str(seed)} (--force trains it again)")
+            stale = load_run(folder / str(seed)).environment.get("sources") != job.sources()
+            changed = f"; the source of {plan.name} has changed since" if stale else ""
+            watcher.note(f"seed {seed} is finished already: {folder / str(seed)} (--force trains it again){changed}")
         else:
+            history: list[Epoch] = []
             try:
                 with _ONE_AT_A_TIME:
-                    _train_seed(job, seed, place, folder / str(seed), watcher, f"{number} of {len(seeds)}")
-            except (RunFailed, SystemExit) as failure:
-                reason = str(failure) if isinstance(failure, RunFailed) else "the model left Python with sys.exit"
-                done.append(SeedRun(seed, "failed", reason, None, {}, None))
+                    _train_seed(job, seed, place, folder / str(seed), watcher, f"{number} of {len(seeds)}", history)
+            except InputError:
+                raise
+            except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
+                done.append(_failed(seed, error, history, failure_log(folder, seed)))
+                watcher.failed(seed, str(done[-1].reason))
                 continue
+            failure_log(folder, seed).unlink(missing_ok=True)
         saved = load_run(folder / str(seed))
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
             watcher.note(
-                f"seed {seed}: its best epoch is the last one allowed (--epochs {saved.best_epoch}); more may help"
+                f"seed {seed}: its best epoch, {saved.best_epoch}, is the last one allowed: --epochs allows more"
             )
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
     return Result(plan.name, plan.dataset.name, done, folder, job.protocol())
+
+
+def failure_log(folder: Path, seed: int) -> Path:
+    """Return where a seed that failed leaves its epochs and its reason."""
+    return folder / f"{seed}.failed.log"
+
+
+def _failed(seed: int, error: Exception | SystemExit, history: Sequence[Epoch], log: Path) -> SeedRun:
+    if isinstance(error, SystemExit):
+        error = RunFailed("the model left Python with sys.exit")
+    if isinstance(error, BenchmarkError):
+        reason, where = str(error), ""
+    else:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        where = "".join(traceback.format_exception(error))
+    traceback.clear_frames(error.__traceback__)  # they hold the model and its data
+    with suppress(OSError):
+        log.write_text("".join(f"{line}\n" for line in (*history, reason)) + where, "utf-8")
+    return SeedRun(seed, "failed", reason, None, {}, None, error)
 
 
 def _device(name: str) -> torch.device:
@@ -205,7 +245,15 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher: Watcher, number: str) -> None:
+def _train_seed(
+    job: Job,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    watcher: Watcher,
+    number: str,
+    history: list[Epoch],
+) -> None:
     """Train one seed and write its folder."""
     assert job.file is not None
     started = time.perf_counter()
@@ -229,11 +277,12 @@ def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher
             per_sample=plan.spec.per_sample,
             generator=torch.Generator().manual_seed(seed),
             watcher=watcher,
+            history=history,
         )
         predictions = predict(model, splits["test"]).cpu().numpy()
     if not np.isfinite(predictions).all():
         raise RunFailed("the best epoch's predictions on the test split are not finite")
-    metrics = regression(predictions, job.file.splits["test"].labels["M"], plan.dataset.metrics)
+    metrics = regression(predictions, job.file.splits["test"].labels["M"], plan.metrics)
     tables = _artifacts(hooks, job.file.splits["train"].ids)
     summary = {
         "metrics": metrics,
@@ -248,7 +297,7 @@ def _train_seed(job: Job, seed: int, device: torch.device, folder: Path, watcher
         folder,
         settings={**job.settings(), "seed": seed, "preset": plan.config.preset},
         summary=summary,
-        environment=environment(device, job.file.sha256, time.perf_counter() - started),
+        environment=environment(device, job.file.sha256, job.sources(), time.perf_counter() - started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
         log=[str(record) for record in outcome.history],

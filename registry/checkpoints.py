@@ -111,13 +111,13 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     if job.file is not None:
         test = job.file.splits["test"]
         predictions = predict(network, job.split("test", torch.device("cpu"))).numpy()
-        metrics = regression(predictions, test.labels["M"], plan.dataset.metrics)
+        metrics = regression(predictions, test.labels["M"], plan.metrics)
         tables["predictions"] = prediction_table(test, predictions)
     write_run(
         folder,
         settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
         summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
-        environment=environment(torch.device("cpu"), job.file.sha256 if job.file else None, 0.0),
+        environment=environment(torch.device("cpu"), job.file.sha256 if job.file else None, job.sources(), 0.0),
         tables=tables,
         modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},
         log=[f"imported from {path.name}"],

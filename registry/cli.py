@@ -151,6 +151,9 @@ def run(
         sys.stdout.write(result.to_json() + "\n")
     else:
         _show_result(result)
+    for seed_run in result.runs:
+        if debug and seed_run.error:
+            raise seed_run.error
     if len(result.ok) < len(result.runs):
         raise typer.Exit(1)
 
@@ -174,6 +177,7 @@ def _seeds(texts: Iterable[str]) -> list[int]:
 
 
 def _show_result(result: Result) -> None:
+    from .benchmark import failure_log
     from .tables import artifact_tables, result_table
 
     if result.ok:
@@ -185,7 +189,8 @@ def _show_result(result: Result) -> None:
             _print_table(name.replace("_", " ") + over, table)
     for failed in result.runs:
         if failed.status == "failed":
-            _complain(f"seed {failed.seed} failed: {failed.reason}")
+            log = failure_log(result.folder, failed.seed)
+            _complain(f"seed {failed.seed} failed: {failed.reason}" + (f" (more in {log})" if log.exists() else ""))
     for done in result.ok:
         out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)
 

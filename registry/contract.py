@@ -1,9 +1,9 @@
 """Everything a plugin author must know: what a model gets, what it returns, and how it is described.
 
 A model is an `nn.Module` with `forward(batch: Batch) -> FusionOutput` and `feature_dims: dict[str, int]`;
-it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. Without it, all parameters are
-trained with the config's `learning_rate` (1e-3 if it has none) and `weight_decay` (0). torch, numpy and `random` are
-seeded for each run. `data.text_encoder.build()` is the text encoder: called with a batch's `text_ids, text_mask,
+it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. Without it, the text encoder is
+trained at `learning_rate_bert` and the rest at `learning_rate` (see `Rates`). torch, numpy and `random` are seeded for
+each run. `data.text_encoder.build()` is the text encoder: called with a batch's `text_ids, text_mask,
 text_segments` it gives (B, L, width). B is the batch size.
 """
 
@@ -40,6 +40,14 @@ class Training(Config):
     early_stop: int = Field(8, ge=1, description="epochs without a better validation MAE before training ends")
     epochs: int | None = Field(None, ge=1, description="most epochs to train; no cap by default")
     tail: Literal["step", "drop"] = Field("step", description="update on an epoch's incomplete last group, or drop it")
+
+
+class Rates(Config):
+    """Keys of a model that declares no config, and what the optimiser reads where there are no `parameter_groups`."""
+
+    learning_rate: float = Field(1e-3, ge=0, description="learning rate of everything but the text encoder")
+    learning_rate_bert: float = Field(5e-5, ge=0, description="learning rate of the text encoder")
+    weight_decay: float = Field(0.0, ge=0, description="L2 of every parameter")
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class TrainingHook(nn.Module):
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return tables `{name: {column: sequence or array of values}}` to save with the run as `NAME.csv`.
 
-        A column `index` (train rows) is written as the clips' ids; tables of at most ten rows are also printed.
+        A column `index` (train rows) is written as the clips' ids; other small tables are also printed.
         """
         return {}
 
@@ -181,7 +189,7 @@ class ModelSpec:
         name: what users type after `--model`.
         summary: one line for `benchmark list`.
         build: `build(config, data: DataInfo) -> nn.Module`; `config` also has the fields of `Training`.
-        config: the model's own keys.
+        config: the model's own keys; those of `Rates` by default.
         presets: published hyper-parameters by preset and dataset.
         training: defaults of the training loop.
         hooks: names of hooks the model is always trained with.
@@ -196,7 +204,7 @@ class ModelSpec:
     name: str
     summary: str
     build: Callable[..., nn.Module]
-    config: type[Config] = Config
+    config: type[Config] = Rates
     presets: Presets = field(default_factory=dict)
     training: Training = field(default_factory=Training)
     hooks: tuple[str, ...] = ()
@@ -226,7 +234,7 @@ class DatasetSpec:
 
     Args:
         label_range: labels lie in ±this; None where the user must say.
-        metrics: which family of `registry.metrics.regression`.
+        metrics: which family of `registry.metrics.regression`; None for `sims` where labels lie in ±1, else `mosi`.
         text_encoder: the default for `--text-encoder`; None where the user must choose.
         splits: published sizes; a note says where a file has others.
         sha256: known files by name.
@@ -238,7 +246,7 @@ class DatasetSpec:
     name: str
     summary: str
     label_range: float | None
-    metrics: Literal["mosi", "sims"]
+    metrics: Literal["mosi", "sims"] | None = None
     text_encoder: str | None = None
     splits: Mapping[str, int] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +19,10 @@ import torch
 from .config import RunConfig, resolve
 from .contract import DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.batches import Split
-from .data.feature_file import FeatureFile, file_sha256, read_feature_file
+from .data.feature_file import FeatureFile, read_feature_file
 from .data.text import TextEncoder, find_text_encoder, tokenise
 from .errors import InputError
-from .plugins import FILE_MODULE, Plugins
+from .plugins import FILE_MODULE, Plugins, source_sha256
 from .runs import identity
 from .training import Watcher
 
@@ -52,6 +51,11 @@ class Plan:
             raise InputError(f"{self.spec.name}: needs must be a tuple of {', '.join(NEEDS)}, got {given!r}")
         return tuple(needs)
 
+    @property
+    def metrics(self) -> Literal["mosi", "sims"]:
+        """The family of metrics: the dataset's, or by the range of its labels."""
+        return self.dataset.metrics or ("sims" if self.label_range <= 1 else "mosi")
+
     def find_encoder(self, name: str | None) -> TextEncoder | None:
         """Return the text encoder by name, or the dataset's own; None for a model that reads no text."""
         if "text" not in self.needs:
@@ -68,8 +72,8 @@ class Plan:
         if not self.dataset.generate and path is None:
             raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
         path = None if path is None else Path(path).expanduser()
-        if path is not None and not path.exists():  # said before an encoder is fetched
-            raise InputError(f"{path} does not exist")
+        if path is not None and not path.is_file():  # said before an encoder is fetched
+            raise InputError(f"{path} is a folder, expected a file" if path.is_dir() else f"{path} does not exist")
         encoder = self.find_encoder(text_encoder)
         file = (
             read_feature_file(path, label_range=self.label_range, known_sha256=self.dataset.sha256)
@@ -140,7 +144,7 @@ class Job:
             "data": {
                 **{key: value for key, value in vars(self.info).items() if key != "text_encoder"},
                 "sha256": self.file.sha256 if self.file else None,
-                "metrics": plan.dataset.metrics,
+                "metrics": plan.metrics,
                 "sizes": {name: len(split.ids) for name, split in splits.items()},
             },
             "text_encoder": encoder
@@ -156,11 +160,17 @@ class Job:
             settings["text_encoder"]["name"] = tokens.hexdigest()
         return identity(settings)
 
+    def sources(self) -> dict[str, str]:
+        """Return the hash of the source of the model and of each hook."""
+        specs: list[ModelSpec | HookSpec] = [self.plan.spec, *self.plan.hooks]
+        return {spec.name: source_sha256(spec) for spec in specs}
+
     def protocol(self) -> dict[str, str]:
         """What every table of these results must say."""
         encoder, config = self.info.text_encoder, self.plan.config
         return {
             "selection": SELECTION,
+            "metrics": f"as defined for {'CH-SIMS' if self.plan.metrics == 'sims' else 'CMU-MOSI'}",
             "data": "aligned" if self.info.aligned else "unaligned",
             "text encoder": f"{encoder.name}, fine-tuned" if encoder else "none",
             "preset": config.preset or "none",
@@ -172,11 +182,9 @@ class Job:
 
 
 def _version(spec: ModelSpec | HookSpec) -> str:
-    """Return a spec's version; what is not packaged has none but its own bytes."""
-    module = sys.modules.get(getattr(spec.build, "__module__", ""))
-    if module is None or module.__file__ is None or not module.__name__.startswith(FILE_MODULE):
-        return spec.version
-    return f"{spec.version}+{file_sha256(Path(module.__file__))[:12]}"
+    """Return a spec's version; what is not packaged has none but its own source."""
+    packaged = not getattr(spec.build, "__module__", "").startswith(FILE_MODULE)
+    return spec.version if packaged else f"{spec.version}+{source_sha256(spec)}"
 
 
 def make_plan(

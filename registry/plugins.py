@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,6 +171,32 @@ def _spec_of(value: Any) -> Any:
     """Return a value that is a spec, or the one a class was given by `register_model`."""
     own = vars(value).get("spec") if isinstance(value, type) else None
     return value if own is None else own
+
+
+def source_sha256(spec: Any) -> str:
+    """Return 12 hex digits of a hash of a spec's source; "" where it has no file.
+
+    The source of a package is all of its Python files, that of a lone file is itself and what it imports from its
+    folder.
+    """
+    module = sys.modules.get(getattr(spec.build, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    if module is None or file is None:
+        return ""
+    package = sys.modules.get(module.__name__.partition(".")[0], module)
+    if folders := getattr(package, "__path__", None):
+        files = {path for folder in folders for path in Path(folder).rglob("*.py")}
+    else:
+        finder = ModuleFinder(path=[os.path.dirname(os.path.realpath(file))])
+        with suppress(Exception):  # it runs as it is: what cannot be followed is not what is used
+            finder.run_script(file)
+        imported = [getattr(found, "__file__", None) for found in finder.modules.values()]
+        files = {Path(path).resolve() for path in (file, *imported) if path}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with suppress(OSError):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _kind_of(value: Any) -> str | None:

@@ -15,8 +15,9 @@ from .training import Epoch, Watcher
 
 
 @contextmanager
-def make_watcher(console: Console) -> Iterator[Watcher]:
-    """Give a watcher that reports to a console in the way that suits it."""
+def make_watcher(console: Console | None = None) -> Iterator[Watcher]:
+    """Give a watcher that reports to a console, standard error by default, in the way that suits it."""
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         yield PlainWatcher(console)
         return
@@ -40,6 +41,9 @@ class PlainWatcher(Watcher):
 
     def note(self, text: str) -> None:
         self._line(text)
+
+    def failed(self, seed: int, reason: str) -> None:
+        """Nothing: the result says it, after the last seed."""
 
     def start(self, seed: int, number: str, config: Training) -> None:
         self.seed = seed

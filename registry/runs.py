@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FINISHED = "metrics.json"
 WEIGHTS = "model.safetensors"
+_READ = ("config.json", "environment.json", WEIGHTS)
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -129,8 +131,10 @@ def write_run(
             (temporary / f"{name}.json").write_text(json.dumps(finite(value), indent=2) + "\n", "utf-8")
 
 
-def environment(device: torch.device, data_sha256: str | None, seconds: float) -> dict[str, Any]:
-    """Return what a result was made with: versions, device, data hash, commit, seconds."""
+def environment(
+    device: torch.device, data_sha256: str | None, sources: Mapping[str, str], seconds: float
+) -> dict[str, Any]:
+    """Return what a result was made with: versions, device, hashes of data and source, commit, seconds."""
     import torch
 
     packages = ("selfmm-plugin", "torch", "transformers", "numpy", "scikit-learn", "pandas", "safetensors")
@@ -147,6 +151,7 @@ def environment(device: torch.device, data_sha256: str | None, seconds: float) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "data_sha256": data_sha256,
+        "sources": dict(sources),
         "git_commit": _git_commit(),
         "seconds": round(seconds, 2),
     }
@@ -175,6 +180,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Everything in `config.json`: model, dataset, seed, config, facts of the data and the text encoder."""
         return self._json("config.json")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Everything in `environment.json`: versions, device, hashes of data and source, commit, seconds."""
+        return self._json("environment.json")
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -223,7 +233,7 @@ class Run:
         from .config import resolve
         from .contract import DataInfo
         from .data.text import TextEncoder
-        from .plugins import Plugins
+        from .plugins import Plugins, source_sha256
 
         settings = self.settings
         plugins = Plugins(self.plugins)
@@ -231,6 +241,8 @@ class Run:
             _, spec, hooks = plugins.load_model(settings["model"])
         except InputError as error:
             raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
+        if self.environment.get("sources", {}).get(spec.name) != source_sha256(spec):
+            warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=2)
         dataset = plugins.load("dataset", settings["dataset"])
         config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
         data = dict(settings["data"])
@@ -275,6 +287,6 @@ def finished(folder: Path) -> bool:
     """Whether a folder holds a finished run, with all that `Run` reads."""
     try:
         summary = json.loads((folder / FINISHED).read_text("utf-8"))
-        return "metrics" in summary and all((folder / name).stat().st_size for name in ("config.json", WEIGHTS))
+        return "metrics" in summary and all((folder / name).stat().st_size for name in _READ)
     except (OSError, ValueError, TypeError):
         return False

@@ -40,7 +40,7 @@ def artifact_tables(result: Result, most_rows: int) -> dict[str, Rows]:
     tables: dict[str, Rows] = {}
     for name in runs[0].summary.get("artifacts", []):
         found = [run.table(name) for run in runs]
-        if max(len(table) for table in found) > most_rows:
+        if "id" in found[0] or max(len(table) for table in found) > most_rows:
             continue
         key = list(found[0].select_dtypes(exclude="number").columns)
         mean = pd.concat(found).groupby(key, sort=False).mean().reset_index() if key else found[0]

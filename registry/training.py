@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
-from .contract import FusionOutput, Training, TrainingHook
-from .data.batches import Group, Split, forward, groups, predict
+from .contract import FusionOutput, Rates, Training, TrainingHook
+from .data.batches import Group, Split, forward, groups, output_of, predict
+from .data.text import TextModel
 from .errors import RunFailed
 
 BETTER_BY = 1e-6
@@ -41,10 +43,15 @@ class Epoch:
 
 
 class Watcher:
-    """What a run tells while it goes on; every method may be left out."""
+    """What a run tells while it goes on; by default it warns of what the user should know, and is silent else."""
 
     def note(self, text: str) -> None:
         """Something about the data or the settings that the user should know."""
+        warnings.warn(text, stacklevel=2)
+
+    def failed(self, seed: int, reason: str) -> None:
+        """A seed has no result."""
+        warnings.warn(f"seed {seed} failed: {reason}", stacklevel=2)
 
     def start(self, seed: int, number: str, config: Training) -> None:
         """A seed starts training; `number` is as `2 of 5`."""
@@ -61,7 +68,7 @@ class Outcome:
     """A finished training: the model and the hooks hold the best epoch's weights."""
 
     best_epoch: int
-    history: list[Epoch] = field(default_factory=list)
+    history: list[Epoch]
 
 
 def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any) -> torch.optim.Adam:
@@ -70,8 +77,14 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
     if callable(grouped):
         param_groups = [dict(group) for group in grouped(config)]
     else:
-        rates = {"lr": getattr(config, "learning_rate", 1e-3), "weight_decay": getattr(config, "weight_decay", 0.0)}
-        param_groups = [{"params": list(model.parameters()), **rates}]
+        rates = Rates(**{key: getattr(config, key) for key in Rates.model_fields if hasattr(config, key)})
+        encoders = [module for module in model.modules() if isinstance(module, TextModel)]
+        pretrained = {parameter: None for encoder in encoders for parameter in encoder.parameters()}
+        others = [parameter for parameter in model.parameters() if parameter not in pretrained]
+        param_groups = [
+            {"params": list(pretrained), "lr": rates.learning_rate_bert, "weight_decay": rates.weight_decay},
+            {"params": others, "lr": rates.learning_rate, "weight_decay": rates.weight_decay},
+        ]
     param_groups[-1]["params"] = [*param_groups[-1]["params"], *(p for hook in hooks for p in hook.parameters())]
     for group in param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
@@ -87,6 +100,7 @@ def train(
     per_sample: bool,
     generator: torch.Generator,
     watcher: Watcher | None = None,
+    history: list[Epoch] | None = None,
 ) -> Outcome:
     """Train until the validation MAE has not improved for `config.early_stop` epochs, and keep the best weights.
 
@@ -97,6 +111,7 @@ def train(
         per_sample: whether a group may run as one forward.
         generator: shuffles the train split.
         watcher: is told of steps and epochs.
+        history: gets every epoch, for a training that may end by an exception.
 
     Raises:
         RunFailed: a loss or the validation MAE is not finite.
@@ -109,7 +124,7 @@ def train(
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)
     step_of_group = _Step(model, list(hooks.values()), config, splits["train"], optimizer, per_sample)
     truth = splits["valid"].labels["M"]
-    outcome = Outcome(best_epoch=0)
+    outcome = Outcome(0, [] if history is None else history)
     best_mae, best_weights = math.inf, {}
     modules = {"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}}
     epoch = 0
@@ -192,7 +207,7 @@ class _Step:
         total = torch.zeros((), device=self.split.device)
         for micro_batch in group.micro_batches:
             batch = self.split.batch(micro_batch)
-            output = self.model(batch)
+            output = output_of(self.model, batch)
             loss = self._loss(output, batch)
             if group.step:
                 loss.backward()

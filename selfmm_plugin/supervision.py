@@ -83,7 +83,9 @@ class UnimodalSupervision(nn.Module):
 
         Raises:
             ValueError: features of the fusion task or of a modality are missing.
+            RuntimeError: more clips than the train split has wait for `observe`.
         """
+        index = torch.as_tensor(index)
         for name in ("fusion", *self.heads):
             if name not in features:
                 raise ValueError(f"features[{name!r}] is missing, got {', '.join(features) or 'none'}")
@@ -97,6 +99,9 @@ class UnimodalSupervision(nn.Module):
             representations[name] = representation.detach()
         if self.training:
             self._unobserved.append((index, representations, mask))
+            if sum(len(waiting) for waiting, *_ in self._unobserved) > len(self.generator.labels["fusion"]):
+                self._unobserved.clear()
+                raise RuntimeError("observe(index, epoch) must follow every loss in training mode: labels never moved")
         return total
 
     def observe(self, index: Tensor, epoch: int) -> None:
@@ -109,6 +114,7 @@ class UnimodalSupervision(nn.Module):
         """
         if not self._unobserved:
             raise RuntimeError("observe(index, epoch) must follow loss(features, index) in training mode")
+        index = torch.as_tensor(index)
         seen, representations, mask = self._unobserved.popleft()
         # Comparing values would make a GPU wait, so there only the sizes are compared.
         if len(seen) != len(index) or (index.device.type == "cpu" and not torch.equal(seen.cpu(), index)):

@@ -161,8 +161,10 @@ class UnimodalLabelGenerator(nn.Module):
             mask: per modality (B), False where a clip lacks it: its label stays, its features are not stored.
 
         Raises:
-            ValueError: a task's features are missing or have another shape.
+            ValueError: a task's features are missing or have another shape, or epoch is none.
         """
+        if epoch < 1 or epoch != int(epoch):
+            raise ValueError(f"epoch counts from 1, got {epoch}")
         for name in self.memory:
             width = self._of(name).features.shape[1]
             if name not in features or features[name].shape != (len(index), width):

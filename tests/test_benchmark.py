@@ -168,7 +168,70 @@ def test_a_failed_run_has_its_reason_and_no_folder(quick, tmp_path):
     assert "validation MAE nan" in result.runs[1].reason
     assert (result.runs[1].folder, result.runs[1].metrics) == (None, {})
     assert result.mean["MAE"] == pytest.approx(np.mean([result.runs[i].metrics["MAE"] for i in (0, 2)]))
-    assert sorted(path.name for path in result.folder.iterdir()) == ["1", "3"]
+    assert sorted(path.name for path in result.folder.iterdir()) == ["1", "2.failed.log", "3"]
+    assert (result.folder / "2.failed.log").read_text() == result.runs[1].reason + "\n"
+
+
+def test_an_exception_of_one_seed_leaves_the_others(quick, tmp_path):
+    forward = """
+        self.calls = getattr(self, "calls", 0) + 1
+        if torch.initial_seed() == 2 and self.calls > 4:
+            raise ValueError("boom\\nhere")
+        return FusionOutput(self.linear(mean)[:, 0])"""
+    file = Path(plugin(tmp_path, forward))
+    with pytest.warns(UserWarning, match="seed 2 failed: ValueError: boom here"):
+        result = quick(model="mean", plugins=[str(file)], seeds=[1, 2, 3])
+    failed = result.runs[1]
+    assert ([run.status for run in result.runs], failed.reason) == (["ok", "failed", "ok"], "ValueError: boom here")
+    with pytest.raises(ValueError, match="boom"):
+        raise failed.error
+    log = (result.folder / "2.failed.log").read_text()
+    assert log.startswith("epoch   1  train loss")
+    assert f'File "{file}", line' in log
+
+
+def test_a_seed_that_is_mended_loses_its_log(quick, tmp_path):
+    file, switch = tmp_path / "mean.py", tmp_path / "broken"
+    forward = f"return FusionOutput(self.linear(mean)[:, 0] * (float('nan') if Path({str(switch)!r}).exists() else 1))"
+    plugin(tmp_path, forward)
+    file.write_text("from pathlib import Path\n" + file.read_text())
+    switch.touch()
+    assert [p.name for p in quick(model="mean", plugins=[str(file)]).folder.iterdir()] == ["1111.failed.log"]
+    switch.unlink()
+    assert [p.name for p in quick(model="mean", plugins=[str(file)]).folder.iterdir()] == ["1111"]
+
+
+# --- source that changes
+
+
+def test_another_source_of_a_file_is_another_run(quick, tmp_path):
+    file, helper = (
+        Path(plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0] * scale)")),
+        tmp_path / "scaling.py",
+    )
+    file.write_text("from scaling import scale\n" + file.read_text())
+    helper.write_text("scale = 1.0\n")
+    first = quick(model="mean", plugins=[str(file)]).folder
+    assert quick(model="mean", plugins=[str(file)]).folder == first
+    (tmp_path / "unrelated.py").write_text("scale = 1.0\n")
+    assert quick(model="mean", plugins=[str(file)]).folder == first
+    helper.write_text("scale = 2.0\n")
+    assert quick(model="mean", plugins=[str(file)]).folder != first
+
+
+def test_a_packages_source_that_changed_is_said(quick, tmp_path, monkeypatch):
+    package = tmp_path / "strangers_package"
+    package.mkdir()
+    file = Path(plugin(package, "return FusionOutput(self.linear(mean)[:, 0])"))
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = quick(model="mean", plugins=["strangers_package.mean"]).runs[0].folder
+    assert load_run(folder, plugins=["strangers_package.mean"]).model
+    (file.parent / "helper.py").write_text("")
+    notes = Notes()
+    assert quick(model="mean", plugins=["strangers_package.mean"], watcher=notes).runs[0].folder == folder
+    assert any("is finished already" in note and "the source of mean has changed" in note for note in notes.notes)
+    with pytest.warns(UserWarning, match="the source of mean is not what it was in the run"):
+        assert load_run(folder, plugins=["strangers_package.mean"]).model
 
 
 def test_nothing_but_failures(quick, tmp_path):
@@ -367,6 +430,8 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
         ("return FusionOutput(self.linear(mean))", r"the model's prediction has shape \(4, 1\), not \(4,\)"),
         ("raise SystemExit(0)", "the model left Python with sys.exit"),
         ("return FusionOutput(self.linear(mean)[:, 0], losses={'x': mean})", "is not a scalar"),
+        ("return mean", "the model's forward returned a Tensor, not a registry.FusionOutput"),
+        ("return 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_model_that_misbehaves_is_a_failed_run(quick, tmp_path, forward, reason):
@@ -410,9 +475,21 @@ def test_hints_about_data_and_epochs(quick, tmp_path, encoder):
     notes = Notes()
     quick(silent, watcher=notes, config={"epochs": 1})
     assert "vision says nothing: train has one value throughout" in notes.notes
-    assert any("its best epoch is the last one allowed (--epochs 1)" in note for note in notes.notes)
+    assert any("its best epoch, 1, is the last one allowed" in note for note in notes.notes)
     registry.run("self_mm", "mosi", data=silent, text_encoder=encoder, runs=tmp_path, config=QUICK, watcher=notes)
     assert "silent.pkl has 8 train clips, mosi as published has 1284" in notes.notes
+
+
+@pytest.mark.parametrize(("label_range", "metric"), [(1.0, "Mult_acc_3"), (1.5, "Mult_acc_7")])
+def test_the_range_of_the_labels_picks_the_metrics_of_a_custom_file(tmp_path, encoder, label_range, metric):
+    data = feature_file(tmp_path, regression_labels=lambda labels: labels / 3)
+    options = {"text_encoder": encoder, "runs": tmp_path, "config": QUICK, "label_range": label_range}
+    assert metric in registry.run("self_mm", "custom", data=data, **options).mean
+
+
+def test_without_a_watcher_notes_are_warnings(quick, tmp_path):
+    with pytest.warns(UserWarning, match="train: audio: 1 values that are not finite"):
+        quick(feature_file(tmp_path, train={"audio": lambda a: np.where(a == a.max(), np.nan, a)}))
 
 
 def test_the_protocol_names_changed_settings(quick):

@@ -107,6 +107,7 @@ class Bad(torch.nn.Module):
     code, out, err = benchmark("run", *options, "--plugin", tmp_path / "bad.py")
     assert code == 1
     assert "error: seed 1111 failed: epoch 1 ended with train loss nan" in err
+    assert "1111.failed.log)\n" in err
     assert out == ""
     code, out, _ = benchmark("run", *options, "--plugin", tmp_path / "bad.py", "--json")
     assert (code, json.loads(out)["runs"][0]["status"]) == (1, "failed")
@@ -304,6 +305,23 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(benchmark, comman
     assert (code, err) == (1, "error: ZeroDivisionError: somewhere deep (--debug shows where)\n")
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, command), "--debug"])
     with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_debug_shows_where_a_seed_failed(command, tmp_path, monkeypatch, empty_folder):
+    (tmp_path / "bad.py").write_text("""
+import torch
+from registry import register_model
+
+@register_model("bad", summary="raises")
+class Bad(torch.nn.Module):
+    def __init__(self, config, data):
+        raise KeyError("absent")
+""")
+    command[command.index("self_mm")] = "bad"
+    arguments = ["benchmark", *map(str, command), "--plugin", str(tmp_path / "bad.py")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--debug"])
+    with pytest.raises(KeyError, match="absent"):
         cli.main()
 
 

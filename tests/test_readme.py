@@ -72,6 +72,14 @@ def test_a_model_in_one_file(monkeypatch, capsys, empty_folder):
     assert "late_mean on demo, test split" in out
 
 
+def test_a_feature_file_of_ones_own(monkeypatch, capsys, encoder, empty_folder):
+    exec(example("my_features.py"), {})
+    (command,) = re.findall(r"benchmark run .*my_features\.pkl.*\\\n.*", README)
+    out = benchmark(monkeypatch, capsys, command.replace("\\\n", "").replace("minilm", encoder) + " --epochs 2")
+    assert "self_mm on custom, test split" in out
+    assert "metrics: as defined for CH-SIMS" in out
+
+
 def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
     """With a small file under the published name, and a tiny encoder in the place of the hub's."""
     monkeypatch.setattr("registry.data.text._hub_folder", lambda name: Path(encoder))
@@ -79,7 +87,7 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "registry.run(" in block)
     exec(code.replace('"epochs": 20', '"epochs": 2'), {})
     out = capsys.readouterr().out
-    assert re.match(r"\d\.\d+ \d\.\d+\n", out)
+    assert re.match(r"\[\(1111, 'ok', None\), \(1112, 'ok', None\)\]\n\d\.\d+ \d\.\d+\n", out)
     assert "prediction" in out
 
 

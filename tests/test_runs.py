@@ -137,6 +137,7 @@ def finish(folder: Path) -> None:
     """Make a folder that looks like a finished run."""
     (folder / "metrics.json").write_text('{"metrics": {}}')
     (folder / "config.json").write_text("{}")
+    (folder / "environment.json").write_text("{}")
     (folder / "model.safetensors").write_text("x")
 
 
@@ -150,7 +151,7 @@ def test_a_run_with_a_broken_file_is_not_finished(tmp_path, content):
         load_run(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["metrics.json", "config.json", "environment.json", "model.safetensors"])
 def test_a_run_that_lacks_a_file_is_not_finished(tmp_path, name):
     finish(tmp_path)
     (tmp_path / name).unlink()

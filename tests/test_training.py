@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from registry import FusionOutput, RunFailed, Training, TrainingHook
+from registry import FusionOutput, Rates, RunFailed, TextEncoder, Training, TrainingHook
 from registry.data.batches import Split
 from registry.data.feature_file import SplitArrays
 from registry.training import Epoch, Watcher, make_optimizer, train
+from tests.helpers import TINY_BERT
 
 CPU = torch.device("cpu")
 DIRECTION = np.array([1.0, -2.0, 0.5], dtype=np.float32)
@@ -316,3 +317,12 @@ def test_rates_of_a_model_without_groups():
         for g in make_optimizer(fresh(), [], config).param_groups
     ]
     assert rates == [(0.3, 0.1), (1e-3, 0.0)]
+
+
+def test_a_text_encoder_has_a_rate_of_its_own():
+    model, hook = fresh(), Epochs()
+    model.encoder = TextEncoder.from_config(TINY_BERT).build()
+    encoder, rest = make_optimizer(model, [hook], Rates(learning_rate_bert=1e-6)).param_groups
+    assert (encoder["lr"], rest["lr"]) == (1e-6, 1e-3)
+    assert encoder["params"] == list(model.encoder.parameters())
+    assert rest["params"] == [*model.linear.parameters(), *hook.parameters()]

@@ -205,6 +205,29 @@ def test_observe_without_its_loss_is_an_error() -> None:
         made.observe(ALL, 1)
 
 
+def test_losses_that_nobody_observes_are_an_error_after_an_epoch() -> None:
+    made, features = supervision(), some_features()
+    made.loss(features, ALL)
+    with pytest.raises(RuntimeError, match="must follow every loss in training mode"):
+        made.loss({name: values[:1] for name, values in features.items()}, ALL[:1])
+
+
+def test_rows_as_a_list_or_an_array() -> None:
+    made, features = supervision(), some_features()
+    for rows in (ALL.tolist(), ALL.numpy()):
+        made.loss(features, rows)  # type: ignore[arg-type]
+        made.observe(rows, 1)  # type: ignore[arg-type]
+    assert made.generator.centers["speech"][0].any()
+
+
+@pytest.mark.parametrize("epoch", [0, -1, 1.5])
+def test_epochs_count_from_one(epoch) -> None:
+    made = supervision()
+    made.loss(some_features(), ALL)
+    with pytest.raises(ValueError, match="epoch counts from 1, got"):
+        made.observe(ALL, epoch)
+
+
 def test_a_masked_clip_adds_no_loss() -> None:
     made, features = supervision(), some_features()
     for epoch in (1, 2):

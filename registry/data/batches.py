@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from registry.contract import Batch, FusionOutput
+from registry.errors import RunFailed
 
 from .feature_file import SplitArrays
 
@@ -85,13 +86,21 @@ def _last_real(mask: np.ndarray) -> np.ndarray:
     return mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)
 
 
+def output_of(model: nn.Module, batch: Batch) -> FusionOutput:
+    """Return a model's output; raises RunFailed where it is none."""
+    output = model(batch)
+    if not isinstance(output, FusionOutput):
+        raise RunFailed(f"the model's forward returned a {type(output).__name__}, not a registry.FusionOutput")
+    return output
+
+
 def forward(model: nn.Module, split: Split, rows: Tensor, chunk: int) -> FusionOutput:
     """Run a model on `rows` in chunks of like length, and return the output in the order of `rows`.
 
     Only for models whose output for a clip does not depend on its company (evaluation, or `per_sample`).
     """
     order = split.by_length(rows) if chunk < len(rows) else torch.arange(len(rows))
-    parts = [model(split.batch(rows[order[start : start + chunk]])) for start in range(0, len(rows), chunk)]
+    parts = [output_of(model, split.batch(rows[order[start : start + chunk]])) for start in range(0, len(rows), chunk)]
     return FusionOutput.concatenate(parts)[torch.argsort(order).to(split.device)]
 
 

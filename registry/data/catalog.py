@@ -66,6 +66,5 @@ CUSTOM = DatasetSpec(
     name="custom",
     summary="your own feature file; give --label-range and --text-encoder",
     label_range=None,
-    metrics="mosi",
     presets_of="mosi",
 )
