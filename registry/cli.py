@@ -196,12 +196,13 @@ def _show_result(result: Result) -> None:
 
 
 def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     for number, column in enumerate(rows[0]):
         figures = number > 0 and all(row[column][:1] in "-0123456789" for row in rows)
         table.add_column(escape(column), justify="right" if figures else "left", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
+    out.print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)  # a table's own would be cut to its width
     out.print(table)
 
 
