@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ from .data.feature_file import SplitArrays
 from .errors import BenchmarkError, InputError, RunFailed
 from .jobs import Job, make_plan
 from .metrics import regression
-from .plugins import NAME
+from .plugins import NAME, one_line
 from .runs import environment, finished, finite, load_run, require_writable, write_run
 from .training import Epoch, Watcher, train
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One seed: `status` "ok" or "failed" (with its `reason` and what was raised), test metrics as fractions."""
+    """One seed: `status` "ok" or "failed" (with its `reason`), test metrics as fractions."""
 
     seed: int
     status: str
@@ -44,7 +44,6 @@ class SeedRun:
     best_epoch: int | None
     metrics: dict[str, float]
     folder: Path | None
-    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,7 @@ class Result:
         value = {
             "model": self.model,
             "dataset": self.dataset,
-            "runs": [
-                {
-                    "seed": run.seed,
-                    "status": run.status,
-                    "reason": run.reason,
-                    "best_epoch": run.best_epoch,
-                    "metrics": run.metrics,
-                    "folder": run.folder and str(run.folder),
-                }
-                for run in self.runs
-            ],
+            "runs": [{**asdict(run), "folder": run.folder and str(run.folder)} for run in self.runs],
             "mean": self.mean,
             "std": self.std,
             "folder": str(self.folder),
@@ -158,25 +147,29 @@ def run(
     place = _device(device)
     job = plan.read(data, text_encoder, watcher)
     folder = Path(runs).expanduser() / plan.name / plan.dataset.name / job.identity()
-    done = []
+    done: list[SeedRun] = []
     for number, seed in enumerate(seeds, 1):
-        if finished(folder / str(seed)) and not force:
-            stale = load_run(folder / str(seed)).environment.get("sources") != job.sources()
+        target, log = folder / str(seed), failure_log(folder, seed)
+        if finished(target) and not force:
+            stale = load_run(target).environment.get("sources") != plan.sources
             changed = f"; the source of {plan.name} has changed since" if stale else ""
-            watcher.note(f"seed {seed} is finished already: {folder / str(seed)} (--force trains it again){changed}")
+            watcher.note(f"seed {seed} is finished already: {target} (--force trains it again){changed}")
         else:
             history: list[Epoch] = []
             try:
                 with _ONE_AT_A_TIME:
-                    _train_seed(job, seed, place, folder / str(seed), watcher, f"{number} of {len(seeds)}", history)
-            except InputError:
-                raise
+                    _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history)
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
-                done.append(_failed(seed, error, history, failure_log(folder, seed)))
-                watcher.failed(seed, str(done[-1].reason))
+                if isinstance(error, InputError) and not done and not history:
+                    raise
+                reason = _reason(error)
+                _write_failure(log, [*map(str, history), reason], error)
+                watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
+                done.append(SeedRun(seed, "failed", reason, None, {}, None))
                 continue
-            failure_log(folder, seed).unlink(missing_ok=True)
-        saved = load_run(folder / str(seed))
+        with suppress(OSError):
+            log.unlink()
+        saved = load_run(target)
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
             watcher.note(
                 f"seed {seed}: its best epoch, {saved.best_epoch}, is the last one allowed: --epochs allows more"
@@ -186,22 +179,21 @@ def run(
 
 
 def failure_log(folder: Path, seed: int) -> Path:
-    """Return where a seed that failed leaves its epochs and its reason."""
+    """Return where a seed that failed leaves its epochs, its reason, and where in the code it was."""
     return folder / f"{seed}.failed.log"
 
 
-def _failed(seed: int, error: Exception | SystemExit, history: Sequence[Epoch], log: Path) -> SeedRun:
+def _reason(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        error = RunFailed("the model left Python with sys.exit")
-    if isinstance(error, BenchmarkError):
-        reason, where = str(error), ""
-    else:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        where = "".join(traceback.format_exception(error))
-    traceback.clear_frames(error.__traceback__)  # they hold the model and its data
+        return f"the model left Python with sys.exit({error.code!r})"
+    return str(error) if isinstance(error, BenchmarkError) else one_line(error)
+
+
+def _write_failure(log: Path, lines: Sequence[str], error: BaseException) -> None:
+    where = "" if isinstance(error, BenchmarkError) else "".join(traceback.format_exception(error))
     with suppress(OSError):
-        log.write_text("".join(f"{line}\n" for line in (*history, reason)) + where, "utf-8")
-    return SeedRun(seed, "failed", reason, None, {}, None, error)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(f"{line}\n" for line in lines) + where, "utf-8", errors="replace")
 
 
 def _device(name: str) -> torch.device:
@@ -297,7 +289,7 @@ def _train_seed(
         folder,
         settings={**job.settings(), "seed": seed, "preset": plan.config.preset},
         summary=summary,
-        environment=environment(device, job.file.sha256, job.sources(), time.perf_counter() - started),
+        environment=environment(device, job.file.sha256, job.plan.sources, time.perf_counter() - started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
         log=[str(record) for record in outcome.history],

@@ -117,7 +117,7 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
         folder,
         settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
         summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
-        environment=environment(torch.device("cpu"), job.file.sha256 if job.file else None, job.sources(), 0.0),
+        environment=environment(torch.device("cpu"), job.file.sha256 if job.file else None, plan.sources, 0.0),
         tables=tables,
         modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},
         log=[f"imported from {path.name}"],

@@ -121,6 +121,7 @@ def run(
             raise InputError("--epochs and --set epochs=… say the same thing; give one")
         overrides["epochs"] = epochs
     seed_numbers = _seeds(seeds)
+    from .benchmark import failure_log
     from .benchmark import run as run_model
     from .progress import make_watcher
 
@@ -151,9 +152,11 @@ def run(
         sys.stdout.write(result.to_json() + "\n")
     else:
         _show_result(result)
-    for seed_run in result.runs:
-        if debug and seed_run.error:
-            raise seed_run.error
+    for failed in (run for run in result.runs if run.status == "failed"):
+        if debug and failure_log(result.folder, failed.seed).exists():
+            err.print(
+                escape(failure_log(result.folder, failed.seed).read_text("utf-8")), highlight=False, soft_wrap=True
+            )
     if len(result.ok) < len(result.runs):
         raise typer.Exit(1)
 
@@ -177,7 +180,6 @@ def _seeds(texts: Iterable[str]) -> list[int]:
 
 
 def _show_result(result: Result) -> None:
-    from .benchmark import failure_log
     from .tables import artifact_tables, result_table
 
     if result.ok:
@@ -187,10 +189,6 @@ def _show_result(result: Result) -> None:
         for name, table in artifact_tables(result, SMALL_TABLE).items():
             over = f", mean over {len(result.ok)} seeds" if len(result.ok) > 1 else ""
             _print_table(name.replace("_", " ") + over, table)
-    for failed in result.runs:
-        if failed.status == "failed":
-            log = failure_log(result.folder, failed.seed)
-            _complain(f"seed {failed.seed} failed: {failed.reason}" + (f" (more in {log})" if log.exists() else ""))
     for done in result.ok:
         out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)
 

@@ -22,7 +22,7 @@ from .data.batches import Split
 from .data.feature_file import FeatureFile, read_feature_file
 from .data.text import TextEncoder, find_text_encoder, tokenise
 from .errors import InputError
-from .plugins import FILE_MODULE, Plugins, source_sha256
+from .plugins import Plugins
 from .runs import identity
 from .training import Watcher
 
@@ -41,6 +41,10 @@ class Plan:
     dataset: DatasetSpec
     config: RunConfig
     label_range: float
+    versions: Sequence[str]
+    """of the model and of each hook; what is not packaged has its source for one"""
+    sources: Mapping[str, str]
+    """hashes of the source of the model and of each hook, by name"""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -138,8 +142,8 @@ class Job:
             "model": plan.name,
             "dataset": plan.dataset.name,
             "config": plan.config.as_dict(),
-            "version": _version(plan.spec),
-            "hooks": {hook.name: _version(hook) for hook in plan.hooks},
+            "version": plan.versions[0],
+            "hooks": dict(zip((hook.name for hook in plan.hooks), plan.versions[1:], strict=True)),
             "precision": "fp32",
             "data": {
                 **{key: value for key, value in vars(self.info).items() if key != "text_encoder"},
@@ -160,11 +164,6 @@ class Job:
             settings["text_encoder"]["name"] = tokens.hexdigest()
         return identity(settings)
 
-    def sources(self) -> dict[str, str]:
-        """Return the hash of the source of the model and of each hook."""
-        specs: list[ModelSpec | HookSpec] = [self.plan.spec, *self.plan.hooks]
-        return {spec.name: source_sha256(spec) for spec in specs}
-
     def protocol(self) -> dict[str, str]:
         """What every table of these results must say."""
         encoder, config = self.info.text_encoder, self.plan.config
@@ -179,12 +178,6 @@ class Job:
                 config.model.tail
             ],
         }
-
-
-def _version(spec: ModelSpec | HookSpec) -> str:
-    """Return a spec's version; what is not packaged has none but its own source."""
-    packaged = not getattr(spec.build, "__module__", "").startswith(FILE_MODULE)
-    return spec.version if packaged else f"{spec.version}+{source_sha256(spec)}"
 
 
 def make_plan(
@@ -220,7 +213,13 @@ def make_plan(
         raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
     if not 0 < limit < math.inf:
         raise InputError(f"--label-range must be a positive number, got {limit:g}")
-    return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit))
+    entries = [found.entry("model", spec.name), *(found.entry("hook", hook.name) for hook in hook_specs)]
+    versions = [
+        part.version if entry.is_packaged else f"{part.version}+{entry.source_sha256}"
+        for part, entry in zip([spec, *hook_specs], entries, strict=True)
+    ]
+    sources = {entry.name: entry.source_sha256 for entry in entries}
+    return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit), versions, sources)
 
 
 def _check_needs(plan: Plan, file: FeatureFile) -> None:

@@ -15,13 +15,14 @@ import importlib
 import importlib.util
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
-from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,8 @@ class Entry:
     distribution: str
     version: str
     target: str
+    module: str
+    """the name of the module that announces it, once it is imported"""
     source: Any = field(compare=False, repr=False)
     """the entry point, or what a `--plugin` file holds"""
 
@@ -57,7 +60,20 @@ class Entry:
         if not isinstance(self.source, metadata.EntryPoint):
             return _spec_of(self.source)
         with redirect_stdout(sys.stderr):  # standard output is for results
-            return _spec_of(self.source.load())
+            spec = _spec_of(self.source.load())
+        _source_sha256(sys.modules[self.module])
+        return spec
+
+    @property
+    def is_packaged(self) -> bool:
+        """Whether its version says which source it is; that of a single file does not."""
+        has_file = getattr(sys.modules[self.module], "__file__", None) is not None
+        return has_file and not self.module.startswith(FILE_MODULE)
+
+    @property
+    def source_sha256(self) -> str:
+        """12 hex digits of a hash of its source as it was when it was loaded."""
+        return _source_sha256(sys.modules[self.module])
 
 
 class Plugins:
@@ -74,7 +90,7 @@ class Plugins:
     def entries(self, kind: str) -> list[Entry]:
         """Return every plugin of a kind ("model", "dataset", "hook"), by name; nothing is imported."""
         installed = {
-            Entry(point.name, name, version, point.value, point)
+            Entry(point.name, name, version, point.value, point.module, point)
             for name, version, points in _distributions()
             for point in points
             if point.group == GROUPS[kind]
@@ -95,6 +111,10 @@ class Plugins:
         if len(found) > 1 and not _are_one(found):
             raise InputError(f"{kind} {name!r} is announced twice: {' and '.join(entry.origin for entry in found)}")
         return _resolve(kind, found[0])
+
+    def entry(self, kind: str, name: str) -> Entry:
+        """Return the entry of a name that is loaded."""
+        return next(entry for entry in self.entries(kind) if entry.name == name)
 
     def load_model(self, name: str, hooks: Sequence[str] = ()) -> tuple[str, Any, list[Any]]:
         """Return the full name, the model's spec and its hooks' specs, of `NAME` or `NAME+HOOK+…` with further hooks.
@@ -133,7 +153,7 @@ def _distributions() -> list[tuple[str, str, metadata.EntryPoints]]:
             # The first on the path is the one that is imported.
             found.setdefault(name, (name, distribution.version or "", distribution.entry_points))
         except Exception as error:
-            warnings.warn(f"an installed package's entry points cannot be read: {_cause(error)}", stacklevel=2)
+            warnings.warn(f"an installed package's entry points cannot be read: {one_line(error)}", stacklevel=2)
     return list(found.values())
 
 
@@ -152,7 +172,7 @@ def _resolve(kind: str, entry: Entry) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # somebody else's code may leave by any exception
-        raise InputError(f"{kind} {entry.name!r} of {entry.origin} cannot be used: {_cause(error)}") from error
+        raise InputError(f"{kind} {entry.name!r} of {entry.origin} cannot be used: {one_line(error)}") from error
     if _kind_of(spec) != kind:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} is not a registry.{_SPECS[kind]}")
     if not re.fullmatch(NAME, spec.name):
@@ -162,7 +182,7 @@ def _resolve(kind: str, entry: Entry) -> Any:
     return spec
 
 
-def _cause(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error of somebody else's code as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
@@ -173,30 +193,41 @@ def _spec_of(value: Any) -> Any:
     return value if own is None else own
 
 
-def source_sha256(spec: Any) -> str:
-    """Return 12 hex digits of a hash of a spec's source; "" where it has no file.
+def _source_sha256(module: ModuleType) -> str:
+    """Return 12 hex digits of a hash of a module's source.
 
-    The source of a package is all of its Python files, that of a lone file is itself and what it imports from its
-    folder.
+    The source of a module in a package is all of the package's Python files; that of a lone file is itself and what is
+    loaded from its folder and below. A module without a file, as in a notebook, is like no other.
     """
-    module = sys.modules.get(getattr(spec.build, "__module__", ""))
-    file = getattr(module, "__file__", None)
-    if module is None or file is None:
-        return ""
     package = sys.modules.get(module.__name__.partition(".")[0], module)
+    file = getattr(module, "__file__", None)
     if folders := getattr(package, "__path__", None):
         files = {path for folder in folders for path in Path(folder).rglob("*.py")}
+        hashes = {path: _file_sha256(package, path) for path in files}
+    elif file is None:
+        return secrets.token_hex(6)
     else:
-        finder = ModuleFinder(path=[os.path.dirname(os.path.realpath(file))])
-        with suppress(Exception):  # it runs as it is: what cannot be followed is not what is used
-            finder.run_script(file)
-        imported = [getattr(found, "__file__", None) for found in finder.modules.values()]
-        files = {Path(path).resolve() for path in (file, *imported) if path}
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with suppress(OSError):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+        own = Path(file).resolve()
+        hashes = {own: _file_sha256(module, own)}
+        for name, other in list(sys.modules.items()):
+            path = Path(getattr(other, "__file__", None) or "/").resolve()
+            if path.is_relative_to(own.parent) and not _is_installed(path) and name.partition(".")[0] != "registry":
+                hashes[path] = _file_sha256(other, path)
+    return hashlib.sha256("".join(path.name + hashes[path] for path in sorted(hashes)).encode()).hexdigest()[:12]
+
+
+@cache
+def _file_sha256(module: ModuleType, path: Path) -> str:
+    """Return the hash of a file of a module as it was when this was first called: what is loaded does not follow it."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _is_installed(path: Path) -> bool:
+    prefixes = {Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)}
+    return "site-packages" in path.parts or any(path.is_relative_to(prefix) for prefix in prefixes)
 
 
 def _kind_of(value: Any) -> str | None:
@@ -219,7 +250,7 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
         raise
     except BaseException as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise InputError(f"plugin {given} cannot be imported{where}: {_cause(error)}") from error
+        raise InputError(f"plugin {given} cannot be imported{where}: {one_line(error)}") from error
     specs = {
         id(spec): spec for name, value in vars(module).items() if _kind_of(spec := _spec_of(value)) and name[0] != "_"
     }
@@ -227,7 +258,10 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
         raise InputError(
             f"plugin {given} holds no ModelSpec, DatasetSpec or HookSpec, and no class with @register_model"
         )
-    return [(str(_kind_of(spec)), Entry(spec.name, "--plugin", "", given, spec)) for spec in specs.values()]
+    _source_sha256(module)
+    return [
+        (str(_kind_of(spec)), Entry(spec.name, "--plugin", "", given, module.__name__, spec)) for spec in specs.values()
+    ]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class PlainWatcher(Watcher):
         self._line(text)
 
     def failed(self, seed: int, reason: str) -> None:
-        """Nothing: the result says it, after the last seed."""
+        self.console.print(f"[bold red]error:[/] seed {seed} failed: {escape(reason)}", highlight=False, soft_wrap=True)
 
     def start(self, seed: int, number: str, config: Training) -> None:
         self.seed = seed

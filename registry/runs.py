@@ -233,7 +233,7 @@ class Run:
         from .config import resolve
         from .contract import DataInfo
         from .data.text import TextEncoder
-        from .plugins import Plugins, source_sha256
+        from .plugins import Plugins
 
         settings = self.settings
         plugins = Plugins(self.plugins)
@@ -241,8 +241,8 @@ class Run:
             _, spec, hooks = plugins.load_model(settings["model"])
         except InputError as error:
             raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
-        if self.environment.get("sources", {}).get(spec.name) != source_sha256(spec):
-            warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=2)
+        if self.environment.get("sources", {}).get(spec.name) != plugins.entry("model", spec.name).source_sha256:
+            warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=3)
         dataset = plugins.load("dataset", settings["dataset"])
         config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
         data = dict(settings["data"])

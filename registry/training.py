@@ -47,11 +47,11 @@ class Watcher:
 
     def note(self, text: str) -> None:
         """Something about the data or the settings that the user should know."""
-        warnings.warn(text, stacklevel=2)
+        _warn(text)
 
     def failed(self, seed: int, reason: str) -> None:
         """A seed has no result."""
-        warnings.warn(f"seed {seed} failed: {reason}", stacklevel=2)
+        _warn(f"seed {seed} failed: {reason}")
 
     def start(self, seed: int, number: str, config: Training) -> None:
         """A seed starts training; `number` is as `2 of 5`."""
@@ -61,6 +61,11 @@ class Watcher:
 
     def epoch(self, record: Epoch) -> None:
         """An epoch is trained and validated."""
+
+
+def _warn(text: str) -> None:
+    """Warn each time, not once a process, and without a line of this source."""
+    warnings.warn_explicit(text, UserWarning, "registry", 0)
 
 
 @dataclass
@@ -77,13 +82,13 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
     if callable(grouped):
         param_groups = [dict(group) for group in grouped(config)]
     else:
-        rates = Rates(**{key: getattr(config, key) for key in Rates.model_fields if hasattr(config, key)})
+        rates = {key: getattr(config, key, field.default) for key, field in Rates.model_fields.items()}
         encoders = [module for module in model.modules() if isinstance(module, TextModel)]
         pretrained = {parameter: None for encoder in encoders for parameter in encoder.parameters()}
         others = [parameter for parameter in model.parameters() if parameter not in pretrained]
         param_groups = [
-            {"params": list(pretrained), "lr": rates.learning_rate_bert, "weight_decay": rates.weight_decay},
-            {"params": others, "lr": rates.learning_rate, "weight_decay": rates.weight_decay},
+            {"params": list(pretrained), "lr": rates["learning_rate_bert"], "weight_decay": rates["weight_decay"]},
+            {"params": others, "lr": rates["learning_rate"], "weight_decay": rates["weight_decay"]},
         ]
     param_groups[-1]["params"] = [*param_groups[-1]["params"], *(p for hook in hooks for p in hook.parameters())]
     for group in param_groups:

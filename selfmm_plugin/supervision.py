@@ -83,7 +83,7 @@ class UnimodalSupervision(nn.Module):
 
         Raises:
             ValueError: features of the fusion task or of a modality are missing.
-            RuntimeError: more clips than the train split has wait for `observe`.
+            RuntimeError: twice as many clips as the train split has wait for `observe`.
         """
         index = torch.as_tensor(index)
         for name in ("fusion", *self.heads):
@@ -97,11 +97,12 @@ class UnimodalSupervision(nn.Module):
             error = weights[name] * (prediction - self.generator.labels[name][index]).abs()
             total = total + (error * mask[name] if mask and name in mask else error).mean()
             representations[name] = representation.detach()
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._unobserved.append((index, representations, mask))
-            if sum(len(waiting) for waiting, *_ in self._unobserved) > len(self.generator.labels["fusion"]):
+            waiting = sum(len(rows) for rows, *_ in self._unobserved)
+            if waiting > 2 * max(len(index), len(self.generator.labels["fusion"])):
                 self._unobserved.clear()
-                raise RuntimeError("observe(index, epoch) must follow every loss in training mode: labels never moved")
+                raise RuntimeError(f"observe must follow every loss in training mode; {waiting} clips wait for it")
         return total
 
     def observe(self, index: Tensor, epoch: int) -> None:

@@ -10,6 +10,7 @@ B is the batch size, N the number of training clips, d a task's feature width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -163,7 +164,7 @@ class UnimodalLabelGenerator(nn.Module):
         Raises:
             ValueError: a task's features are missing or have another shape, or epoch is none.
         """
-        if epoch < 1 or epoch != int(epoch):
+        if not isinstance(epoch, Integral) or epoch < 1:
             raise ValueError(f"epoch counts from 1, got {epoch}")
         for name in self.memory:
             width = self._of(name).features.shape[1]

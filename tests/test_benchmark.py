@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 import registry
 from registry import InputError, Result, load_run
 from registry.data.feature_file import read_feature_file
+from registry.tables import artifact_tables
 from registry.training import Watcher
 from tests.helpers import feature_file
 
@@ -176,18 +179,24 @@ def test_an_exception_of_one_seed_leaves_the_others(quick, tmp_path):
     forward = """
         self.calls = getattr(self, "calls", 0) + 1
         if torch.initial_seed() == 2 and self.calls > 4:
-            raise ValueError("boom\\nhere")
+            raise ValueError("boom\\nhere\\udce9")
         return FusionOutput(self.linear(mean)[:, 0])"""
     file = Path(plugin(tmp_path, forward))
-    with pytest.warns(UserWarning, match="seed 2 failed: ValueError: boom here"):
+    with pytest.warns(UserWarning, match="seed 2 failed: ValueError: boom here.* \\(more in "):
         result = quick(model="mean", plugins=[str(file)], seeds=[1, 2, 3])
     failed = result.runs[1]
-    assert ([run.status for run in result.runs], failed.reason) == (["ok", "failed", "ok"], "ValueError: boom here")
-    with pytest.raises(ValueError, match="boom"):
-        raise failed.error
+    assert [run.status for run in result.runs] == ["ok", "failed", "ok"]
+    assert failed.reason == "ValueError: boom here\udce9"
     log = (result.folder / "2.failed.log").read_text()
     assert log.startswith("epoch   1  train loss")
     assert f'File "{file}", line' in log
+
+
+def test_a_refusal_after_a_finished_seed_does_not_lose_it(quick, tmp_path):
+    forward = "import registry\n        if torch.initial_seed() == 2: raise registry.InputError('no more')\n"
+    file = plugin(tmp_path, f"{forward}        return FusionOutput(self.linear(mean)[:, 0])")
+    result = quick(model="mean", plugins=[file], seeds=[1, 2, 3])
+    assert [run.reason for run in result.runs] == [None, "no more", None]
 
 
 def test_a_seed_that_is_mended_loses_its_log(quick, tmp_path):
@@ -199,6 +208,13 @@ def test_a_seed_that_is_mended_loses_its_log(quick, tmp_path):
     assert [p.name for p in quick(model="mean", plugins=[str(file)]).folder.iterdir()] == ["1111.failed.log"]
     switch.unlink()
     assert [p.name for p in quick(model="mean", plugins=[str(file)]).folder.iterdir()] == ["1111"]
+
+
+def test_a_small_table_of_clips_is_not_averaged_over_epochs(quick, tmp_path):
+    few = dict.fromkeys(("train", "valid", "test"), 3)
+    result = quick(feature_file(tmp_path, sizes=few, regression_labels_T=lambda _: np.zeros(3, np.float32)))
+    assert len(load_run(result.runs[0].folder).table("labels")) == 6
+    assert list(artifact_tables(result, 10)) == ["label_agreement"]
 
 
 # --- source that changes
@@ -215,8 +231,24 @@ def test_another_source_of_a_file_is_another_run(quick, tmp_path):
     assert quick(model="mean", plugins=[str(file)]).folder == first
     (tmp_path / "unrelated.py").write_text("scale = 1.0\n")
     assert quick(model="mean", plugins=[str(file)]).folder == first
-    helper.write_text("scale = 2.0\n")
-    assert quick(model="mean", plugins=[str(file)]).folder != first
+    before = quick(model="mean", plugins=[str(file)])
+    helper.write_text("scale = 20.0\n")
+    assert quick(model="mean", plugins=[str(file)]).folder == first  # what is loaded is what it was
+    del sys.modules["scaling"]  # as in another process
+    after = quick(model="mean", plugins=[str(file)])
+    assert after.folder != first
+    assert after.mean["MAE"] != before.mean["MAE"]
+    del sys.modules["scaling"]
+
+
+@pytest.mark.parametrize("build", ["functools.partial(Model)", "lambda config, data: Model(config, data)"])
+def test_a_models_source_is_that_of_the_file_that_announces_it(quick, tmp_path, build):
+    file = Path(plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])"))
+    announced = f"SPEC = registry.ModelSpec(name='made', summary='', build={build}, needs=('audio',))\n"
+    file.write_text(f"import functools\nimport registry\n{file.read_text()}\n{announced}")
+    first = quick(model="made", plugins=[str(file)]).folder
+    file.write_text(file.read_text() + "# other\n")
+    assert quick(model="made", plugins=[str(file)]).folder != first
 
 
 def test_a_packages_source_that_changed_is_said(quick, tmp_path, monkeypatch):
@@ -225,8 +257,12 @@ def test_a_packages_source_that_changed_is_said(quick, tmp_path, monkeypatch):
     file = Path(plugin(package, "return FusionOutput(self.linear(mean)[:, 0])"))
     monkeypatch.syspath_prepend(tmp_path)
     folder = quick(model="mean", plugins=["strangers_package.mean"]).runs[0].folder
-    assert load_run(folder, plugins=["strangers_package.mean"]).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_run(folder, plugins=["strangers_package.mean"]).model
     (file.parent / "helper.py").write_text("")
+    for name in ("strangers_package.mean", "strangers_package"):
+        del sys.modules[name]  # as in another process
     notes = Notes()
     assert quick(model="mean", plugins=["strangers_package.mean"], watcher=notes).runs[0].folder == folder
     assert any("is finished already" in note and "the source of mean has changed" in note for note in notes.notes)
@@ -428,7 +464,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     ("forward", "reason"),
     [
         ("return FusionOutput(self.linear(mean))", r"the model's prediction has shape \(4, 1\), not \(4,\)"),
-        ("raise SystemExit(0)", "the model left Python with sys.exit"),
+        ("raise SystemExit('no GPU')", r"the model left Python with sys.exit\('no GPU'\)"),
         ("return FusionOutput(self.linear(mean)[:, 0], losses={'x': mean})", "is not a scalar"),
         ("return mean", "the model's forward returned a Tensor, not a registry.FusionOutput"),
         ("return 1 / 0", "ZeroDivisionError: division by zero"),

@@ -308,7 +308,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(benchmark, comman
         cli.main()
 
 
-def test_debug_shows_where_a_seed_failed(command, tmp_path, monkeypatch, empty_folder):
+def test_debug_shows_where_a_seed_failed(benchmark, command, tmp_path, empty_folder):
     (tmp_path / "bad.py").write_text("""
 import torch
 from registry import register_model
@@ -319,10 +319,14 @@ class Bad(torch.nn.Module):
         raise KeyError("absent")
 """)
     command[command.index("self_mm")] = "bad"
-    arguments = ["benchmark", *map(str, command), "--plugin", str(tmp_path / "bad.py")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--debug"])
-    with pytest.raises(KeyError, match="absent"):
-        cli.main()
+    arguments = [*command, "--plugin", tmp_path / "bad.py"]
+    code, out, err = benchmark(*arguments)
+    assert (code, out) == (1, "")
+    assert "error: seed 1111 failed: KeyError: 'absent' (more in runs/bad/custom/" in err
+    assert "Traceback" not in err
+    code, _, err = benchmark(*arguments, "--debug")
+    assert code == 1
+    assert 'bad.py", line 8, in __init__' in err
 
 
 def test_interrupted(command, empty_folder):

@@ -74,7 +74,7 @@ def checked(kind: str = "model") -> Mapping[str, Any]:
 def test_an_entry_is_listed_with_its_origin_and_not_imported(install):
     install("stranger", MODEL.format("mine", "stranger"), mine="stranger:SPEC")
     (entry,) = [entry for entry in Plugins().entries("model") if entry.name == "mine"]
-    assert entry == Entry("mine", "stranger", "1.0", "stranger:SPEC", None)
+    assert entry == Entry("mine", "stranger", "1.0", "stranger:SPEC", "stranger", None)
     assert entry.origin == "stranger 1.0 (stranger:SPEC)"
     assert "stranger" not in sys.modules
 

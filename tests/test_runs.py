@@ -73,6 +73,7 @@ def test_config_and_environment(trained):
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == metadata.version("torch")
     assert environment["data_sha256"] == settings["data"]["sha256"]
+    assert environment["sources"].keys() == {"self_mm", "ulgm"}
     assert str(data.parent) not in (run.folder / "config.json").read_text()
 
 

@@ -322,7 +322,8 @@ def test_rates_of_a_model_without_groups():
 def test_a_text_encoder_has_a_rate_of_its_own():
     model, hook = fresh(), Epochs()
     model.encoder = TextEncoder.from_config(TINY_BERT).build()
-    encoder, rest = make_optimizer(model, [hook], Rates(learning_rate_bert=1e-6)).param_groups
+    encoder, rest = make_optimizer(model, [hook], Rates(learning_rate_bert=1e-6, weight_decay=0.1)).param_groups
     assert (encoder["lr"], rest["lr"]) == (1e-6, 1e-3)
+    assert encoder["weight_decay"] == rest["weight_decay"] == 0.1
     assert encoder["params"] == list(model.encoder.parameters())
     assert rest["params"] == [*model.linear.parameters(), *hook.parameters()]

@@ -273,7 +273,7 @@ def tokenise(
         raise InputError(f"text encoder {encoder.name!r}: its tokenizer makes ids that the model does not know")
     notes = [f"raw_text was tokenised for {encoder.name}{_reason(has_ids, fits, share)}"]
     if cut := sum(int((split[:, 1].sum(axis=1) == encoder.max_tokens).sum()) for split in tokens.values()):
-        notes.append(f"{cut} clips fill the {encoder.max_tokens} tokens that {encoder.name} reads; longer text was cut")
+        notes.append(f"{cut} clips fill the {encoder.max_tokens} tokens that {encoder.name} reads; the rest was cut")
     if (unknown := _share_of(tokens, tokenizer.unk_token_id)) > _MANY_UNKNOWN:
         notes.append(
             f"{encoder.name} does not know {unknown:.0%} of the tokens: it may be an encoder for another language"
