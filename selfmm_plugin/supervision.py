@@ -97,7 +97,7 @@ class UnimodalSupervision(nn.Module):
             error = weights[name] * (prediction - self.generator.labels[name][index]).abs()
             total = total + (error * mask[name] if mask and name in mask else error).mean()
             representations[name] = representation.detach()
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             self._unobserved.append((index, representations, mask))
             waiting = sum(len(rows) for rows, *_ in self._unobserved)
             if waiting > 2 * max(len(index), len(self.generator.labels["fusion"])):
