@@ -66,11 +66,11 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Layer and validate a configuration; a later layer wins.
+    """Layer and validate a configuration; a later layer wins. A dict's entries, `KEY.ENTRY`, are layered one by one.
 
     Args:
         spec: whose class defaults are the first layer.
-        hooks: the hooks of the run; their keys are `hook.KEY`, and a dict's entry is `hook.KEY.ENTRY`.
+        hooks: the hooks of the run; their keys are `hook.KEY`.
         dataset: picks the values of a preset.
         preset: a name in `spec.presets`; the first one that knows the dataset by default.
         file: JSON or TOML; flat keys, nested tables, or a run's `config.json`.
@@ -82,65 +82,90 @@ def resolve(
     """
     file_values, file_preset = _read_file(file) if file else ({}, None)
     name, preset_values = _preset(spec, dataset, preset or file_preset)
-    base = _settle(spec, hooks, name, [preset_values, defaults or {}])
-    if not file_values and not overrides:
-        return base
     chosen = _settle(spec, hooks, name, [preset_values, defaults or {}, file_values, overrides or {}])
-    before = base.as_dict()
-    changed = {key: value for key, value in chosen.as_dict().items() if before[key] != value}
+    values = chosen.as_dict()
+    own = [("", config_class(spec)), *((HOOK, hook.config) for hook in hooks)]
+    open_keys = {prefix + key for prefix, cls in own for key, info in cls.model_fields.items() if info.is_required()}
+    required = {key: value for key, value in values.items() if key in open_keys and key not in preset_values}
+    before = _settle(spec, hooks, name, [preset_values, defaults or {}, required]).as_dict()
+    changed = {key: value for key, value in values.items() if before[key] != value or key in required}
     return replace(chosen, changed=changed)
 
 
-def derived_keys(spec: ModelSpec, hook: HookSpec) -> frozenset[str]:
+def derived_keys(spec: ModelSpec, hook: HookSpec, config: Config | None) -> frozenset[str]:
     """Return the keys of a model's own hook that follow from the model's; they cannot be set."""
-    if hook.name not in spec.hooks or spec.hook_config is None:
+    if config is None or hook.name not in spec.hooks or spec.hook_config is None:
         return frozenset()
-    return frozenset(spec.hook_config(config_class(spec)())) & hook.config.model_fields.keys()
+    return frozenset(spec.hook_config(config)) & hook.config.model_fields.keys()
+
+
+def _example(spec: ModelSpec) -> Config | None:
+    """Return a config of a model as its defaults or one of its presets have it; None where a key is always open."""
+    presets = (values for by_dataset in spec.presets.values() for values in by_dataset.values())
+    found = (_validate(config_class(spec), values, "", []) for values in ({}, *presets))
+    return next((config for config in found if config is not None), None)
 
 
 def _settle(
     spec: ModelSpec, hooks: Sequence[HookSpec], preset: str | None, layers: Sequence[Mapping[str, Any]]
 ) -> RunConfig:
     whole = config_class(spec)
-    fields: dict[str, dict[str, FieldInfo]] = {"": dict(whole.model_fields), HOOK: {}}
-    derived_by_hook = {hook.name: derived_keys(spec, hook) for hook in hooks}
+    own = whole.model_fields
+    # Which keys of its hooks a model derives is known of a config only, so its own keys are read first.
+    example = _validate(whole, _assemble(own, _gather(layers, {"": own}, [])), "", []) or _example(spec)
+    derived_by_hook = {hook.name: derived_keys(spec, hook, example) for hook in hooks}
+    settable: dict[str, dict[str, FieldInfo]] = {}
     for hook in hooks:
-        own = {key: info for key, info in hook.config.model_fields.items() if key not in derived_by_hook[hook.name]}
-        if shared := fields[HOOK].keys() & own:
+        keys = {key: info for key, info in hook.config.model_fields.items() if key not in derived_by_hook[hook.name]}
+        if shared := keys.keys() & {key for others in settable.values() for key in others}:
             raise InputError(f"hook {hook.name!r} has keys of another hook: {', '.join(sorted(shared))}")
-        fields[HOOK] |= own
-    values: dict[str, Any] = {}
+        settable[hook.name] = keys
     faults: list[str] = []
+    fields = {"": own, HOOK: {key: info for keys in settable.values() for key, info in keys.items()}}
+    values = _gather(layers, fields, faults)
+    model = _validate(whole, _assemble(own, values), "", faults)
+    derived = spec.hook_config(model) if spec.hook_config and model is not None else {}
+    hook_values = {key.removeprefix(HOOK): value for key, value in values.items() if key.startswith(HOOK)}
+    resolved = {}
+    for hook in hooks:
+        given = {key: derived[key] for key in derived_by_hook[hook.name] if derived.get(key) is not None}
+        resolved[hook.name] = _validate(hook.config, given | _assemble(settable[hook.name], hook_values), HOOK, faults)
+    if faults:
+        raise InputError(f"config of {spec.name}: " + "; ".join(dict.fromkeys(faults)))
+    return RunConfig(model, typing.cast("dict[str, Config]", resolved), preset, derived_by_hook)
+
+
+def _gather(
+    layers: Sequence[Mapping[str, Any]], fields: Mapping[str, Mapping[str, FieldInfo]], faults: list[str]
+) -> dict[str, Any]:
+    """Return the last value of every key, under its field's name."""
+    values: dict[str, Any] = {}
     for layer in layers:
         read: dict[str, str] = {}
-        for key, value in _flat(layer).items():
+        for key, value in _flat(layer, fields).items():
             target = _canonical(key, fields)
             if target is None:
-                faults.append(_unknown_key(key, fields, bool(hooks)))
-            elif target in read and read[target] != key:
+                faults.append(_unknown_key(key, fields))
+            elif target in read:
                 faults.append(f"{read[target]!r} and {key!r} are two spellings of one key")
             else:
                 read[target] = key
                 values[target] = value
-    model_values = {key: value for key, value in values.items() if not key.startswith(HOOK)}
-    model = _validate(whole, model_values, "", faults)
-    hook_values = {key.removeprefix(HOOK): value for key, value in values.items() if key.startswith(HOOK)}
-    derived = spec.hook_config(model) if spec.hook_config and model is not None else {}
-    resolved = {}
-    for hook in hooks:
-        own = hook.config.model_fields
-        given = {key: derived[key] for key in derived_by_hook[hook.name] if derived.get(key) is not None}
-        for key, value in hook_values.items():
-            top, _, entry = key.partition(".")
-            if top in own and entry:
-                before = given.get(top, own[top].get_default(call_default_factory=True))
-                given[top] = {**(before if isinstance(before, Mapping) else {}), entry: value}
-            elif top in own:
-                given[top] = value
-        resolved[hook.name] = _validate(hook.config, given, HOOK, faults)
-    if faults:
-        raise InputError(f"config of {spec.name}: " + "; ".join(dict.fromkeys(faults)))
-    return RunConfig(model, typing.cast("dict[str, Config]", resolved), preset, derived_by_hook)
+    return values
+
+
+def _assemble(fields: Mapping[str, FieldInfo], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of these fields, the entries `KEY.ENTRY` of a table joined with those it has by default."""
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        top, _, entry = key.partition(".")
+        if top in fields and not entry:
+            made[top] = value
+        elif top in fields:
+            default = fields[top].get_default(call_default_factory=True)
+            before = made.get(top, default if isinstance(default, Mapping) else {})
+            made[top] = {**before, entry: value} if isinstance(before, Mapping) else before
+    return made
 
 
 def _preset(spec: ModelSpec, dataset: DatasetSpec, wanted: str | None) -> tuple[str | None, Mapping[str, Any]]:
@@ -175,10 +200,16 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], str | None]:
     return content, None
 
 
-def _flat(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer with the table `hook` spread out as `hook.KEY`."""
-    spread = {HOOK + key: value for key, value in layer["hook"].items()} if isinstance(layer.get("hook"), dict) else {}
-    return {**{key: value for key, value in layer.items() if key != "hook" or not spread}, **spread}
+def _flat(layer: Mapping[str, Any], fields: Mapping[str, Mapping[str, FieldInfo]]) -> dict[str, Any]:
+    """Return a layer with its tables spread out: `hook` as `hook.KEY`, the value of a dict as `KEY.ENTRY`."""
+    flat: dict[str, Any] = {}
+    for key, value in layer.items():
+        is_table = "." not in key.removeprefix(HOOK) and _canonical(f"{key}.", fields)
+        if isinstance(value, Mapping) and (key == "hook" or is_table):
+            flat |= _flat({f"{key}.{entry}": part for entry, part in value.items()}, fields)
+        else:
+            flat[key] = value
+    return flat
 
 
 def _spellings(name: str, info: FieldInfo) -> set[str]:
@@ -189,14 +220,14 @@ def _canonical(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str |
     """Return a key under its field's name (`H` is `label_range`), or None if there is no such key."""
     prefix = HOOK if key.startswith(HOOK) else ""
     top, dot, entry = key.removeprefix(prefix).partition(".")
-    for name, info in fields[prefix].items():
-        if top in _spellings(name, info) and (not dot or (prefix and typing.get_origin(info.annotation) is dict)):
+    for name, info in fields.get(prefix, {}).items():
+        if top in _spellings(name, info) and (not dot or typing.get_origin(info.annotation) is dict):
             return f"{prefix}{name}{dot}{entry}"
     return None
 
 
-def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]], has_hooks: bool) -> str:
-    if key.startswith(HOOK) and not has_hooks:
+def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+    if key.startswith(HOOK) and not fields.get(HOOK):
         return f"{key!r} is the key of a hook, and there is none"
     known = {prefix + name for prefix, names in fields.items() for name in names}
     # The list of all keys is long; `benchmark describe` shows it.
@@ -210,7 +241,8 @@ def _validate(cls: type[Config], values: Mapping[str, Any], prefix: str, faults:
     except ValidationError as error:
         for fault in error.errors():
             key = ".".join(map(str, fault["loc"]))
-            faults.append(f"{prefix + key!r} {_plain(fault, cls)}, got {fault['input']!r}")
+            got = "" if fault["type"] == "missing" else f", got {fault['input']!r}"
+            faults.append(f"{prefix + key!r} {_plain(fault, cls)}{got}")
         return None
 
 
@@ -247,6 +279,8 @@ def _plain(fault: Any, cls: type[Config]) -> str:
     if kind == "value_error":
         return str(context["error"])
     signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    if kind == "missing":
+        return "has no default and must be set"
     limits = [f"{sign} {context[key]:g}" for key, sign in signs.items() if key in context]
     return f"must be {limits[0]}" if limits else fault["msg"][0].lower() + fault["msg"][1:]
 
@@ -285,7 +319,7 @@ class Row:
 
 def describe(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[Row]:
     """Return every key of a model and of its hooks."""
-    rows = []
+    rows, example = [], _example(spec)
     for key, info in config_class(spec).model_fields.items():
         presets = {
             preset: {dataset: values[key] for dataset, values in by_dataset.items() if key in values}
@@ -293,7 +327,7 @@ def describe(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[Row]:
         }
         rows.append(_row(key, info, presets))
     for hook in hooks:
-        own = hook.config.model_fields.keys() - derived_keys(spec, hook)
+        own = hook.config.model_fields.keys() - derived_keys(spec, hook, example)
         rows += [_row(HOOK + key, info, {}) for key, info in hook.config.model_fields.items() if key in own]
     return rows
 
@@ -301,7 +335,8 @@ def describe(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[Row]:
 def _row(key: str, info: FieldInfo, presets: dict[str, dict[str, Any]]) -> Row:
     other = _spellings(key, info) - {key}
     meaning = (info.description or "") + (f" (also {', '.join(sorted(other))})" if other and "." not in key else "")
-    return Row(key, _type_name(info), info.get_default(call_default_factory=True), meaning, presets)
+    default = "must be set" if info.is_required() else info.get_default(call_default_factory=True)
+    return Row(key, _type_name(info), default, meaning, presets)
 
 
 def _type_name(info: FieldInfo) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from registry import Batch, Config, DataInfo, FusionOutput
 
 from .heads import PredictionHead
+from .supervision import TASKS
 
-MODALITIES = ("text", "audio", "vision")
+MODALITIES = tuple(TASKS)
 
 
 class SelfMMConfig(Config):
@@ -71,6 +72,14 @@ class SelfMMConfig(Config):
         if not value or len(set(value)) != len(value) or not set(value) <= set(MODALITIES):
             raise ValueError(f"must be any of {', '.join(MODALITIES)}, each once")
         return tuple(name for name in MODALITIES if name in value)
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_of_modalities(cls, value: str | None, info: ValidationInfo) -> str | None:
+        initials = "".join(TASKS[name] for name in info.data.get("modalities", MODALITIES))
+        if value is not None and ("M" not in value or len(set(value)) < len(value) or set(value) - {"M", *initials}):
+            raise ValueError(f"must be M and any of {initials}, each once")
+        return value
 
     def hook_values(self) -> dict[str, Any]:
         """Return the keys of the hook `ulgm` that follow from these."""

@@ -67,7 +67,7 @@ class UnimodalSupervision(nn.Module):
             distance=distance,
             known=known,
         )
-        self._unobserved: deque[tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor] | None]] = deque()
+        self._unobserved: deque[tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]] = deque()
 
     def predict(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the unimodal sentiments (B) of features (B, d)."""
@@ -79,26 +79,31 @@ class UnimodalSupervision(nn.Module):
         Args:
             features: (B, d) by name, with gradients.
             index: (B) rows in the train split.
-            mask: per modality (B), False where a clip lacks it: it adds no loss.
+            mask: per modality (B), False where a clip lacks it: it adds no loss, and its features are not looked at.
 
         Raises:
-            ValueError: features of the fusion task or of a modality are missing.
+            ValueError: features of the fusion task or of a modality are missing, or `mask` does not fit.
             RuntimeError: twice as many clips as the train split has wait for `observe`.
         """
         index = torch.as_tensor(index)
         for name in ("fusion", *self.heads):
             if name not in features:
                 raise ValueError(f"features[{name!r}] is missing, got {', '.join(features) or 'none'}")
+        present = self.generator.checked_mask(mask, index)
         total = features["fusion"].new_zeros(())
         representations = {"fusion": features["fusion"].detach()}
         weights = self.generator.weights(index)
         for name, head in self.heads.items():
-            prediction, representation = head(features[name])
-            error = weights[name] * (prediction - self.generator.labels[name][index]).abs()
-            total = total + (error * mask[name] if mask and name in mask else error).mean()
+            of_modality = features[name]
+            if name in present:  # what stands in for a missing modality may be anything, NaN too
+                of_modality = torch.where(present[name][:, None], of_modality, 0.0)
+                weights[name] = weights[name] * present[name]
+            prediction, representation = head(of_modality)
+            error = (prediction - self.generator.labels[name][index]).abs()
+            total = total + (weights[name] * error).mean()
             representations[name] = representation.detach()
         if self.training:
-            self._unobserved.append((index, representations, mask))
+            self._unobserved.append((index, representations, present))
             waiting = sum(len(rows) for rows, *_ in self._unobserved)
             if waiting > 2 * max(len(index), len(self.generator.labels["fusion"])):
                 self._unobserved.clear()
@@ -116,12 +121,12 @@ class UnimodalSupervision(nn.Module):
         if not self._unobserved:
             raise RuntimeError("observe(index, epoch) must follow loss(features, index) in training mode")
         index = torch.as_tensor(index)
-        seen, representations, mask = self._unobserved.popleft()
+        seen, representations, present = self._unobserved.popleft()
         # Comparing values would make a GPU wait, so there only the sizes are compared.
         if len(seen) != len(index) or (index.device.type == "cpu" and not torch.equal(seen.cpu(), index)):
             self._unobserved.clear()
             raise RuntimeError("observe got another index than the loss before it; call them in the same order")
-        self.generator.update(representations, index, epoch, mask)
+        self.generator.update(representations, seen, epoch, present)
 
 
 class UlgmConfig(Config):
@@ -154,6 +159,9 @@ class UlgmHook(TrainingHook):
     def __init__(self, config: UlgmConfig, train: TrainingData, feature_dims: Mapping[str, int]) -> None:
         super().__init__()
         modalities = _modalities_of(config.tasks, feature_dims)
+        for key in ("head_dims", "head_dropouts"):
+            if unread := set(getattr(config, key)) - {*TASKS, *feature_dims}:
+                raise InputError(f"'hook.{key}' names {', '.join(sorted(unread))}, and the model has no such features")
         known = None
         if config.supervision == "human":
             if absent := [name for name in modalities if TASKS.get(name) not in train.labels]:
@@ -227,6 +235,6 @@ def _modalities_of(tasks: str | None, feature_dims: Mapping[str, int]) -> list[s
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    if a.std() == 0 or b.std() == 0:
+    if a.min() == a.max() or b.min() == b.max():
         return 0.0
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])

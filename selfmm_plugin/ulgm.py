@@ -21,11 +21,20 @@ EPSILON = 1e-8
 Distance = Callable[[Tensor, Tensor], Tensor]
 """From features (B, d) and one class centre (d) to distances (B)."""
 
-DISTANCES: dict[str, Distance] = {
-    "l2": lambda features, center: (features - center).norm(dim=-1),
-    "squared": lambda features, center: (features - center).square().sum(-1) / features.shape[-1] ** 0.5,
-    "cosine": lambda features, center: 1 - torch.cosine_similarity(features, center.expand_as(features), dim=-1),
-}
+
+def _l2(features: Tensor, center: Tensor) -> Tensor:
+    return (features - center).norm(dim=-1)
+
+
+def _squared(features: Tensor, center: Tensor) -> Tensor:
+    return (features - center).square().sum(-1) / features.shape[-1] ** 0.5
+
+
+def _cosine(features: Tensor, center: Tensor) -> Tensor:
+    return 1 - torch.cosine_similarity(features, center.expand_as(features), dim=-1)
+
+
+DISTANCES: dict[str, Distance] = {"l2": _l2, "squared": _squared, "cosine": _cosine}
 
 
 class _TaskMemory(nn.Module):
@@ -48,11 +57,9 @@ class _TaskMemory(nn.Module):
         self.register_buffer("centers", labels.new_zeros(2, dim))
         self.register_buffer("has_centers", torch.tensor(False, device=labels.device))
 
-    def store(self, features: Tensor, index: Tensor, present: Tensor | None) -> None:
-        if present is not None:
-            features = torch.where(present[:, None], features, self.features[index])
-            self.present[index] = present
-        self.features[index] = features
+    def store(self, features: Tensor, index: Tensor, present: Tensor) -> None:
+        self.features[index] = torch.where(present[:, None], features, self.features[index])
+        self.present[index] = present
 
     def refresh_centers(self, exclude_zero: bool) -> None:
         positive = self.labels > 0 if exclude_zero else self.labels >= 0
@@ -115,8 +122,9 @@ class UnimodalLabelGenerator(nn.Module):
         if not callable(distance) and distance not in DISTANCES:
             raise ValueError(f"distance must be a callable or one of {sorted(DISTANCES)}, got {distance!r}")
         for name, values in known.items():
-            if name not in feature_dims or name == "fusion" or values.shape != labels.shape:
-                raise ValueError(f"known[{name!r}] must be a modality with labels of shape {tuple(labels.shape)}")
+            if name not in feature_dims or name == "fusion" or values.shape != labels.shape or values.isinf().any():
+                shape = tuple(labels.shape)
+                raise ValueError(f"known[{name!r}] must be a modality with finite labels of shape {shape}")
         self.label_range = float(label_range)
         self.exclude_zero = exclude_zero
         self.distance = distance if callable(distance) else DISTANCES[distance]
@@ -155,6 +163,8 @@ class UnimodalLabelGenerator(nn.Module):
     ) -> None:
         """Move these clips' labels by the centres as they stand, then store the features and refresh the centres.
 
+        Features that are not finite, as of a step that loss scaling skips, count as missing.
+
         Args:
             features: (B, d) of every task.
             index: (B) rows in the train split.
@@ -162,7 +172,7 @@ class UnimodalLabelGenerator(nn.Module):
             mask: per modality (B), False where a clip lacks it: its label stays, its features are not stored.
 
         Raises:
-            ValueError: a task's features are missing or have another shape, or epoch is none.
+            ValueError: a task's features are missing or have another shape, epoch is none, or `mask` does not fit.
         """
         if not isinstance(epoch, Integral) or epoch < 1:
             raise ValueError(f"epoch counts from 1, got {epoch}")
@@ -171,17 +181,30 @@ class UnimodalLabelGenerator(nn.Module):
             if name not in features or features[name].shape != (len(index), width):
                 got = f"shape {tuple(features[name].shape)}" if name in features else "nothing"
                 raise ValueError(f"features[{name!r}] must have shape ({len(index)}, {width}), got {got}")
-        mask = mask or {}
         rows = {name: features[name].detach().to(self._of(name).features) for name in self.memory}
-        with torch.autocast(index.device.type, enabled=False):
+        present = {name: row.isfinite().all(-1) for name, row in rows.items()}
+        for name, given in self.checked_mask(mask, index).items():
+            present[name] = present[name] & given
+        with torch.autocast(rows["fusion"].device.type, enabled=False):
             if epoch > 1:
-                self._move_labels(rows, index, epoch, mask)
+                self._move_labels(rows, index, epoch, present)
             for name, row in rows.items():
-                self._of(name).store(row, index, mask.get(name))
+                self._of(name).store(row, index, present[name])
                 self._of(name).refresh_centers(self.exclude_zero)
 
+    def checked_mask(self, mask: Mapping[str, Tensor] | None, index: Tensor) -> dict[str, Tensor]:
+        """Return `mask` as boolean tensors (B) beside the labels; raises ValueError for any other name or shape."""
+        checked = {name: torch.as_tensor(given) for name, given in (mask or {}).items()}
+        for name, given in checked.items():
+            if name not in self.modalities or given.shape != (len(index),):
+                raise ValueError(
+                    f"mask[{name!r}] must be a modality ({', '.join(self.modalities)}) and have shape ({len(index)},), "
+                    f"got shape {tuple(given.shape)}"
+                )
+        return {name: given.to(self._of(name).labels.device, torch.bool) for name, given in checked.items()}
+
     def _move_labels(
-        self, features: Mapping[str, Tensor], index: Tensor, epoch: int, mask: Mapping[str, Tensor]
+        self, features: Mapping[str, Tensor], index: Tensor, epoch: int, present: Mapping[str, Tensor]
     ) -> None:
         fusion = self._of("fusion")
         multimodal = fusion.labels[index]
@@ -196,7 +219,5 @@ class UnimodalLabelGenerator(nn.Module):
             proposal = (0.5 * by_ratio + 0.5 * by_difference).clamp(-self.label_range, self.label_range)
             old = memory.labels[index]
             new = (epoch - 1) / (epoch + 1) * old + 2 / (epoch + 1) * proposal
-            moves = fusion.has_centers & memory.has_centers & ~memory.fixed[index]
-            if name in mask:
-                moves = moves & mask[name]
+            moves = fusion.has_centers & memory.has_centers & ~memory.fixed[index] & present["fusion"] & present[name]
             memory.labels[index] = torch.where(moves, new, old)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import Field
 
 from registry import contract
 from registry.config import config_class, describe, parse_settings, resolve
@@ -188,6 +189,10 @@ def test_every_fault_is_listed_at_once_with_a_suggestion():
         ({"modalities": "text,smell"}, "'modalities' must be any of text, audio, vision, each once"),
         ({"modalities": []}, "'modalities' must be any of text, audio, vision, each once, got ()"),
         ({"modalities": 3}, "'modalities' must be a list, got 3"),
+        ({"tasks": "MX", "bach_size": 3}, "'tasks' must be M and any of TAV, each once, got 'MX'"),
+        ({"tasks": "TAV"}, "'tasks' must be M and any of TAV, each once, got 'TAV'"),
+        ({"tasks": "MTT"}, "'tasks' must be M and any of TAV, each once, got 'MTT'"),
+        ({"tasks": "MTAV", "modalities": "text"}, "'tasks' must be M and any of T, each once, got 'MTAV'"),
         ({"post_text_dropout": 1.0}, "'post_text_dropout' must be less than 1, got 1.0"),
         ({"label_range": float("nan")}, "'label_range' must be a number, got nan"),
         ({"batch_size.x": 1}, "unknown key 'batch_size.x'"),
@@ -222,15 +227,62 @@ def test_a_borrowed_hook_is_not_shaped_by_the_models_keys():
         ({"hook.head_dims": {"text": "wide"}}, "'hook.head_dims.text' must be an integer, got 'wide'"),
         ({"hook.head_dims.text": -1}, "'hook.head_dims.text' must be at least 1, got -1"),
         ({"hook.head_dropouts.text": 2}, "'hook.head_dropouts.text' must be less than 1, got 2"),
-        ({"hook.head_dims": 5, "hook.head_dims.text": 3}, None),
+        ({"hook.head_dims": {"text": {"a": 3}}}, "'hook.head_dims.text' must be an integer, got {'a': 3}"),
+        ({"hook.head_dims": 5, "hook.head_dims.text": 3}, "'hook.head_dims' must be a table, got 5"),
+        ({"hook.head_dims.text": 3, "hook.head_dims": 5}, "'hook.head_dims' must be a table, got 5"),
     ],
 )
-def test_tables_of_a_hook(overrides, message):
+def test_tables_of_a_hook_that_do_not_fit(overrides, message):
     spec = replace(SELF_MM, hooks=(), hook_config=None)
-    if message is None:  # the later one wins
-        assert settle(spec=spec, overrides=overrides).hooks["ulgm"].head_dims == {"text": 3}
-    else:
-        assert message in refusal(spec=spec, overrides=overrides)
+    assert message in refusal(spec=spec, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "override"),
+    [
+        ("[hook.head_dims]\naudio = 8", {"hook.head_dims": {"text": 64}}),
+        ('"hook.head_dims.audio" = 8', {"hook": {"head_dims": {"text": 64}}}),
+        ("hook.head_dims = {audio = 8, text = 7}", {"hook.head_dims.text": 64}),
+        ('"hook.head_dims.audio" = 9', {"hook.head_dims": {"text": 64, "audio": 8}}),
+    ],
+)
+def test_a_tables_entries_are_layered_one_by_one_in_every_form(tmp_path, in_file, override):
+    file = tmp_path / "c.toml"
+    file.write_text(in_file)
+    spec = replace(SELF_MM, hooks=(), hook_config=None)
+    config = settle(spec=spec, file=file, overrides=override)
+    assert config.hooks["ulgm"].head_dims == {"text": 64, "audio": 8, "vision": 32}
+
+
+class Open(Config):
+    """A model's config with a key that has no default, and a table."""
+
+    width: int
+    dropouts: dict[str, float] = Field({"first": 0.1, "second": 0.2})
+
+
+def open_spec(**presets) -> ModelSpec:
+    def hook_config(config):
+        return {"head_dims": {"text": config.width}}
+
+    return replace(SELF_MM, config=Open, presets=presets, hook_config=hook_config)
+
+
+def test_a_key_without_a_default_comes_from_a_preset_or_the_user():
+    spec = open_spec(own={"mosi": {"width": 7}})
+    assert settle(spec=spec).hooks["ulgm"].head_dims == {"text": 7}
+    rows = {row.key: row.default for row in describe(spec, [ULGM])}
+    assert rows["width"] == "must be set"
+    assert "hook.head_dims" not in rows
+    config = settle(spec=open_spec(), overrides={"width": 9})
+    assert config.hooks["ulgm"].head_dims == {"text": 9}
+    assert config.changed == {"width": 9}
+    assert refusal(spec=open_spec()).endswith("'width' has no default and must be set")
+
+
+def test_a_models_own_table_is_layered_likewise():
+    config = settle(spec=open_spec(), overrides={"width": 9, "dropouts.second": 0.5, "dropouts": {"first": 0.3}})
+    assert config.model.dropouts == {"first": 0.3, "second": 0.5}
 
 
 def test_hook_keys_without_a_hook():

@@ -9,7 +9,7 @@ import torch
 import registry
 from registry.data.batches import predict
 from registry.training import _Step, make_optimizer
-from selfmm_plugin.supervision import UnimodalSupervision
+from selfmm_plugin import UnimodalLabelGenerator, UnimodalSupervision
 from selfmm_plugin.upstream import translate
 from tests.helpers import feature_file
 from tests.test_golden import TRACES, Trace
@@ -36,6 +36,28 @@ def test_training_follows_the_trace_on_a_gpu(name, monkeypatch):
         np.testing.assert_allclose(values.cpu(), expected[weight], atol=1e-4, err_msg=weight)
     found = predict(model, trace.split(train=False, device=device)).cpu()
     np.testing.assert_allclose(found, trace.arrays["final_eval/M"], atol=1e-4)
+
+
+def test_a_loss_that_is_not_observed_does_not_shift_the_others():
+    """Comparing rows would wait for the device; each batch is stored in the rows that its loss had."""
+    labels = torch.linspace(-3, 3, 64, device="cuda")
+    supervision = UnimodalSupervision(labels, {"fusion": 1, "text": 1}, label_range=3.0, head_dims=1).cuda()
+    rows = torch.arange(64, device="cuda")
+    supervision.loss({"fusion": rows[:16, None] + 0.0, "text": rows[:16, None] + 0.0}, rows[:16])
+    for index in rows.split(16):
+        supervision.loss({"fusion": index[:, None] + 0.0, "text": index[:, None] + 0.0}, index)
+        supervision.observe(index, 1)
+    stored = supervision.generator.memory["fusion"].features[:48, 0]
+    assert torch.equal(stored, rows[:48] + 0.0)
+
+
+def test_autocast_does_not_lower_the_precision_of_the_centres_with_rows_on_the_host():
+    labels = torch.tensor([1.0, -1.0], device="cuda").repeat(128_000)
+    generator = UnimodalLabelGenerator(labels, {"fusion": 1, "text": 1}, label_range=3.0).cuda()
+    features = {name: torch.full((len(labels), 1), 2.0, device="cuda") for name in ("fusion", "text")}
+    with torch.autocast("cuda", dtype=torch.float16):
+        generator.update(features, torch.arange(len(labels)), 1)
+    assert [float(center) for center in generator.centers["text"]] == [2.0, 2.0]
 
 
 def test_ulgm_never_waits_for_the_device():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -80,6 +81,65 @@ def test_only_the_modality_with_an_empty_class_stays() -> None:
     assert not torch.equal(made.labels["face"], LABELS)
 
 
+@pytest.mark.parametrize("labels", [LABELS.abs(), -LABELS.abs()])
+def test_labels_stay_where_the_multimodal_ones_are_of_one_class(labels: torch.Tensor) -> None:
+    known = torch.tensor([1.0, -1.0, 1.0, float("nan"), float("nan")])
+    made = generator(labels, known={"speech": known})
+    for epoch in (1, 2, 3):
+        made.update({"fusion": line([3, 1, 2, 4, 5]), "speech": line([1, -2, 3, 4, -5])}, ALL, epoch)
+    assert all(center.any() for center in made.centers["speech"])
+    assert torch.equal(made.labels["speech"][3:], labels[3:])
+
+
+def test_a_label_of_zero_stays_finite_where_the_denominator_vanishes() -> None:
+    """Without care 0 / 0 would make a label NaN, and it would stay NaN."""
+    sides = torch.tensor([[1.0, 1.0]] * 2 + [[-1.0, -1.0]] * 2 + [[0.0, 0.0]])
+    made = UnimodalLabelGenerator(
+        LABELS,
+        {"fusion": 2, "speech": 2},
+        3.0,
+        distance=lambda features, center: torch.where(center[0] > 0, features[:, 0], features[:, 1]),
+    )
+    made.update({"fusion": sides, "speech": sides}, ALL, 1)
+    # Features are distances here: δ = -1e-8, so that δ + 1e-8 = 0.
+    fusion, speech = torch.tensor([[0.0, -1e-16]]), torch.tensor([[1.0, 2.0]])
+    assert float(fusion[0, 1] / torch.tensor(1e-8) + 1e-8) == 0
+    made.update({"fusion": fusion, "speech": speech}, torch.tensor([4]), 2)
+    assert made.labels["speech"].isfinite().all()
+
+
+def test_features_that_are_not_finite_count_as_missing() -> None:
+    made, without = generator(), generator()
+    features = {"fusion": line([3, 1, -1, -3, 0]), "speech": line([1, 2, -1, -1, 0])}
+    broken = {"fusion": features["fusion"], "speech": line([1, math.nan, -1, -math.inf, 0])}
+    mask = {"speech": torch.tensor([True, False, True, False, True])}
+    for epoch in (1, 2, 3):
+        made.update(broken, ALL, epoch)
+        without.update(features, ALL, epoch, mask)
+    assert torch.equal(made.labels["speech"], without.labels["speech"])
+    assert torch.equal(made.centers["speech"][0], without.centers["speech"][0])
+    before = made.labels["speech"].clone()
+    made.update({"fusion": line([math.nan] * 5), "speech": features["speech"]}, ALL, 4)
+    assert torch.equal(made.labels["speech"], before)
+
+
+@pytest.mark.parametrize("given", [[1.0, 0.0, 1.0, 1.0, 1.0], [1, 0, 1, 1, 1], [True, False, True, True, True]])
+def test_a_mask_of_any_dtype(given: list) -> None:
+    made, expected = generator(), generator()
+    features = {"fusion": line([3, 1, -1, -3, 0]), "speech": line([1, 99, -1, -1, 0])}
+    for epoch in (1, 2):
+        made.update(features, ALL, epoch, {"speech": torch.tensor(given)})
+        expected.update(features, ALL, epoch, {"speech": torch.tensor([True, False, True, True, True])})
+    assert torch.equal(made.labels["speech"], expected.labels["speech"])
+
+
+@pytest.mark.parametrize("mask", [{"speach": torch.ones(5)}, {"fusion": torch.ones(5)}, {"speech": torch.ones(4)}])
+def test_a_mask_that_does_not_fit_is_named(mask: dict) -> None:
+    made = supervision()
+    with pytest.raises(ValueError, match=r"mask\['\w+'\] must be a modality \(speech, face\) and have shape \(5,\)"):
+        made.loss(some_features(), ALL, mask)
+
+
 def test_known_labels_never_move_and_count_in_full() -> None:
     nan = float("nan")
     made = filled(known={"speech": torch.tensor([nan, 1.5, nan, nan, nan])})
@@ -135,6 +195,7 @@ def test_state_goes_through_a_state_dict_and_needs_no_gradient() -> None:
         ({"distance": "manhattan"}, "distance"),
         ({"known": {"speech": torch.zeros(3)}}, "known"),
         ({"known": {"fusion": torch.zeros(5)}}, "known"),
+        ({"known": {"speech": torch.full((5,), math.inf)}}, "known"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict, word: str) -> None:
@@ -237,6 +298,39 @@ def test_a_masked_clip_adds_no_loss() -> None:
         made.observe(ALL, epoch)
     nobody = {name: torch.zeros(5, dtype=torch.bool) for name in ("speech", "face")}
     assert float(made.loss(features, ALL, nobody).detach()) == 0
+
+
+def test_a_masked_clips_features_may_be_anything() -> None:
+    made, clean = supervision(), some_features()
+    nan = {name: values.detach().clone() for name, values in clean.items()}
+    nan["speech"][1] = math.nan
+    nan["speech"].requires_grad_()
+    mask = {"speech": torch.arange(5) != 1}
+    for epoch in (1, 2):
+        made.loss(clean, ALL, mask)
+        made.observe(ALL, epoch)
+    loss = made.loss(nan, ALL, mask)
+    assert float(loss.detach()) == float(made.loss(clean, ALL, mask).detach()) > 0
+    loss.backward()
+    assert nan["speech"].grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_dropout_stands_before_each_head() -> None:
+    dropouts = {"speech": 0.5, "face": 0.0}
+    made = UnimodalSupervision(LABELS, {"fusion": 4, "speech": 64, "face": 64}, 3.0, head_dropouts=dropouts)
+    features = {name: torch.randn(5, 64) for name in dropouts}
+    first, second = made.predict(features), made.predict(features)
+    assert not torch.equal(first["speech"], second["speech"])
+    assert torch.equal(first["face"], second["face"])
+    made.eval()
+    assert torch.equal(made.predict(features)["speech"], made.predict(features)["speech"])
+
+
+def test_it_can_be_pickled_whole() -> None:
+    made = filled(distance="cosine")
+    again = pickle.loads(pickle.dumps(made))
+    assert torch.equal(again.labels["speech"], made.labels["speech"])
 
 
 def test_features_that_are_missing_are_refused() -> None:
