@@ -10,6 +10,7 @@ SPEC is a `ModelSpec`, `DatasetSpec` or `HookSpec`, or a class that `register_mo
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -18,11 +19,12 @@ import re
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,8 +34,6 @@ from .errors import InputError, unknown
 GROUPS = {"model": "mmsa.models", "dataset": "mmsa.datasets", "hook": "mmsa.hooks"}
 NAME = r"[A-Za-z0-9][\w.-]{0,99}"
 """What plugins and tables may be called: their names become those of folders and files."""
-FILE_MODULE = "_plugin_"
-"""How the names of modules begin that are made of `--plugin` files."""
 _SPECS = {"model": "ModelSpec", "dataset": "DatasetSpec", "hook": "HookSpec"}
 
 
@@ -49,6 +49,8 @@ class Entry:
     """the name of the module that announces it, once it is imported"""
     source: Any = field(compare=False, repr=False)
     """the entry point, or what a `--plugin` file holds"""
+    file_sha256: str | None = None
+    """hash of a `--plugin` file and of what it imports from its folder"""
 
     @property
     def origin(self) -> str:
@@ -61,19 +63,18 @@ class Entry:
             return _spec_of(self.source)
         with redirect_stdout(sys.stderr):  # standard output is for results
             spec = _spec_of(self.source.load())
-        _source_sha256(sys.modules[self.module])
+        _module_sha256(sys.modules[self.module])
         return spec
 
     @property
     def is_packaged(self) -> bool:
         """Whether its version says which source it is; that of a single file does not."""
-        has_file = getattr(sys.modules[self.module], "__file__", None) is not None
-        return has_file and not self.module.startswith(FILE_MODULE)
+        return self.file_sha256 is None and hasattr(sys.modules[self.module], "__file__")
 
     @property
     def source_sha256(self) -> str:
         """12 hex digits of a hash of its source as it was when it was loaded."""
-        return _source_sha256(sys.modules[self.module])
+        return self.file_sha256 or _module_sha256(sys.modules[self.module])
 
 
 class Plugins:
@@ -84,7 +85,8 @@ class Plugins:
     """
 
     def __init__(self, files: Sequence[str] = ()) -> None:
-        once = {os.path.realpath(file) if file.endswith(".py") else file: file for file in map(str, files)}
+        given = [files] if isinstance(files, (str, Path)) else files
+        once = {os.path.realpath(file) if file.endswith(".py") else file: file for file in map(str, given)}
         self._given = [entry for file in once.values() for entry in _entries_of_file(file)]
 
     def entries(self, kind: str) -> list[Entry]:
@@ -184,7 +186,11 @@ def _resolve(kind: str, entry: Entry) -> Any:
 
 def one_line(error: BaseException) -> str:
     """Return an error of somebody else's code as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _spec_of(value: Any) -> Any:
@@ -193,41 +199,25 @@ def _spec_of(value: Any) -> Any:
     return value if own is None else own
 
 
-def _source_sha256(module: ModuleType) -> str:
-    """Return 12 hex digits of a hash of a module's source.
+@cache
+def _module_sha256(module: ModuleType) -> str:
+    """Return the hash of a module's source, or of all of its package's, as it was when this was first called.
 
-    The source of a module in a package is all of the package's Python files; that of a lone file is itself and what is
-    loaded from its folder and below. A module without a file, as in a notebook, is like no other.
+    A module without a file, as in a notebook, is like no other.
     """
     package = sys.modules.get(module.__name__.partition(".")[0], module)
-    file = getattr(module, "__file__", None)
-    if folders := getattr(package, "__path__", None):
-        files = {path for folder in folders for path in Path(folder).rglob("*.py")}
-        hashes = {path: _file_sha256(package, path) for path in files}
-    elif file is None:
-        return secrets.token_hex(6)
+    if hasattr(package, "__path__"):
+        files = [path for folder in package.__path__ for path in Path(folder).rglob("*.py")]
+    elif file := getattr(module, "__file__", None):
+        files = [Path(file)]
     else:
-        own = Path(file).resolve()
-        hashes = {own: _file_sha256(module, own)}
-        for name, other in list(sys.modules.items()):
-            path = Path(getattr(other, "__file__", None) or "/").resolve()
-            if path.is_relative_to(own.parent) and not _is_installed(path) and name.partition(".")[0] != "registry":
-                hashes[path] = _file_sha256(other, path)
-    return hashlib.sha256("".join(path.name + hashes[path] for path in sorted(hashes)).encode()).hexdigest()[:12]
+        return secrets.token_hex(6)
+    return _hash({str(path): path.read_bytes() for path in files if path.is_file()})
 
 
-@cache
-def _file_sha256(module: ModuleType, path: Path) -> str:
-    """Return the hash of a file of a module as it was when this was first called: what is loaded does not follow it."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
-
-
-def _is_installed(path: Path) -> bool:
-    prefixes = {Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)}
-    return "site-packages" in path.parts or any(path.is_relative_to(prefix) for prefix in prefixes)
+def _hash(sources: Mapping[str, bytes]) -> str:
+    parts = (hashlib.sha256(sources[name]).hexdigest() for name in sorted(sources))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 def _kind_of(value: Any) -> str | None:
@@ -241,15 +231,20 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
     is_file = given.endswith(".py")
     if is_file and not os.path.isfile(given):
         raise InputError(f"plugin {given} does not exist")
+    sha256 = None
     try:
-        # What stands beside a file, or in the working folder, is not installed; the console script does not see it.
-        folder = os.path.dirname(os.path.realpath(given)) if is_file else os.getcwd()
-        with _on_path(folder), redirect_stdout(sys.stderr):
-            module = _import_path(Path(given)) if is_file else importlib.import_module(given)
+        with redirect_stdout(sys.stderr):
+            if is_file:
+                module, sha256 = _import_file(Path(given))
+            else:
+                # The console script does not see what stands in the working folder.
+                with _on_path(os.getcwd()):
+                    module = importlib.import_module(given)
+                _module_sha256(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise InputError(f"plugin {given} cannot be imported{where}: {one_line(error)}") from error
     specs = {
         id(spec): spec for name, value in vars(module).items() if _kind_of(spec := _spec_of(value)) and name[0] != "_"
@@ -258,9 +253,9 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
         raise InputError(
             f"plugin {given} holds no ModelSpec, DatasetSpec or HookSpec, and no class with @register_model"
         )
-    _source_sha256(module)
     return [
-        (str(_kind_of(spec)), Entry(spec.name, "--plugin", "", given, module.__name__, spec)) for spec in specs.values()
+        (str(_kind_of(spec)), Entry(spec.name, "--plugin", "", given, module.__name__, spec, sha256))
+        for spec in specs.values()
     ]
 
 
@@ -274,17 +269,62 @@ def _on_path(folder: str) -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _import_path(path: Path) -> ModuleType:
+def _import_file(path: Path) -> tuple[ModuleType, str]:
+    """Import a file, and what it imports from its folder, as they now are; return the module and their hash."""
+    sources = _sources(path.resolve())
+    if any(_BESIDE[name] != source for name, source in sources.items() if name in _BESIDE):
+        for name in sources.keys() & _BESIDE.keys():  # they were edited, or are another folder's
+            del _BESIDE[name]
+            sys.modules.pop(name, None)
+    before, writes_bytecode = set(sys.modules), sys.dont_write_bytecode
     # One name a path: dataclasses and pydantic look their module up by it.
-    name = f"{FILE_MODULE}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    name = f"_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    sys.dont_write_bytecode = True  # it is told apart by the second only
     try:
-        spec.loader.exec_module(module)
+        with _on_path(str(path.resolve().parent)):
+            exec(compile(sources[""][1], path, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
-    return module
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
+        _BESIDE.update({name: sources[name] for name in sources.keys() & sys.modules.keys() - before})
+    return module, _hash({name: content for name, (_, content) in sources.items()})
+
+
+_BESIDE: dict[str, tuple[Path, bytes]] = {}
+"""Modules that `--plugin` files brought in from their folders, by name, with their source."""
+
+
+def _sources(path: Path) -> dict[str, tuple[Path, bytes]]:
+    """Return a file ("") and what its source says it imports from its folder, at any depth, by module name."""
+    found: dict[str, tuple[Path, bytes]] = {}
+    waiting = {"": path}
+    while waiting:
+        name, file = waiting.popitem()
+        found[name] = file, file.read_bytes()
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        for wanted in _imports(found[name][1], package):
+            parts = wanted.split(".")
+            for stem in accumulate(parts, "{}.{}".format) if parts[0] != __package__ else ():
+                place = path.parent.joinpath(*stem.split("."))
+                files = [f for f in (place / "__init__.py", place.with_name(f"{place.name}.py")) if f.is_file()]
+                if files and stem not in found:
+                    waiting[stem] = files[0]
+    return found
+
+
+def _imports(source: bytes, package: str) -> Iterator[str]:
+    """Give the dotted names that a source imports, and those that may be modules."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            with suppress(ImportError):  # beyond the top
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -383,7 +384,10 @@ def test_a_syntax_error_comes_with_its_line(plugin_file):
     assert "my_model.py cannot be imported, line 3: SyntaxError" in message
 
 
-@pytest.mark.parametrize("code", ["import no_such_package", "raise SystemExit(0)", "1 / 0"])
+UNPRINTABLE = "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd"
+
+
+@pytest.mark.parametrize("code", ["import no_such_package", "raise SystemExit(0)", "1 / 0", UNPRINTABLE, "x = '\0'"])
 def test_a_file_that_fails_leaves_no_module_behind(plugin_file, code):
     before = set(sys.modules)
     file = plugin_file(code)
@@ -489,6 +493,80 @@ def test_a_file_finds_its_neighbours_and_a_module_the_working_folder(tmp_path, m
     assert Plugins([str(tmp_path / "beside.py")]).load("model", "beside").name == "beside"
     assert Plugins(["beside"]).load("model", "beside").name == "beside"
     assert sys.path == before
+
+
+def source_sha256(file: Path | str) -> str:
+    return Plugins([str(file)]).entry("model", "mine").source_sha256
+
+
+def test_files_in_two_folders_find_each_its_own_neighbour(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "neighbour_of_both.py").write_text(f"SUMMARY = 'from {folder}'")
+        code = "from neighbour_of_both import SUMMARY\n" + MODEL.format(folder, "x").replace(
+            f'"{folder} of x"', "SUMMARY"
+        )
+        (tmp_path / folder / "announced.py").write_text(code)
+    files = [str(tmp_path / folder / "announced.py") for folder in "ab"]
+    assert [Plugins([file]).load("model", name).summary for file, name in zip(files, "ab", strict=True)] == [
+        "from a",
+        "from b",
+    ]
+    plugins = Plugins(files)
+    assert [plugins.load("model", name).summary for name in "ab"] == ["from a", "from b"]
+
+
+def test_the_source_of_a_file_is_itself_and_what_it_imports_from_its_folder(tmp_path, monkeypatch):
+    package = tmp_path / "neighbours"
+    package.mkdir()
+    mine = f"import neighbours.one\n{MODEL.format('mine', 'x')}\ndef f(): import late_neighbour\n"
+    modules = {
+        package / "__init__.py": "",
+        package / "one.py": "from . import two",
+        package / "two.py": "",
+        tmp_path / "late_neighbour.py": "",
+        tmp_path / "mine.py": mine,
+    }
+    others = [tmp_path / "unread.py", package / "unread.py", tmp_path / "torch.py"]
+    for file, code in (modules | dict.fromkeys(others, "")).items():
+        file.write_text(code)
+    seen = {source_sha256(tmp_path / "mine.py")}
+    monkeypatch.chdir(tmp_path)
+    assert {source_sha256("mine.py")} == seen
+    for file in others:
+        file.write_text("# edited\n")
+    driver = ModuleType("driver")
+    driver.__file__ = str(tmp_path / "unread.py")
+    monkeypatch.setitem(sys.modules, "driver", driver)
+    assert {source_sha256("mine.py")} == seen
+    for file, code in modules.items():
+        file.write_text(code + "# edited\n")
+        seen.add(source_sha256("mine.py"))
+    assert len(seen) == 1 + len(modules)
+
+
+def test_an_unchanged_neighbour_is_one_module_for_all_files(tmp_path):
+    (tmp_path / "neighbour_of_two.py").write_text("class Shared: pass")
+    for name in "ab":
+        code = f"from neighbour_of_two import Shared\n{MODEL.format(name, name)}"
+        (tmp_path / f"{name}.py").write_text(code.replace("build=None", "build=Shared"))
+    plugins = Plugins([str(tmp_path / "a.py"), str(tmp_path / "b.py")])
+    assert plugins.load("model", "a").build is plugins.load("model", "b").build
+
+
+def test_a_module_that_somebody_else_imported_stays(tmp_path, monkeypatch):
+    (tmp_path / "neighbour_in_use.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    import neighbour_in_use  # type: ignore[import-not-found]
+
+    (tmp_path / "mine.py").write_text("import neighbour_in_use\n" + MODEL.format("mine", "x"))
+    (tmp_path / "neighbour_in_use.py").write_text("# edited")
+    Plugins([str(tmp_path / "mine.py")])
+    assert sys.modules.pop("neighbour_in_use") is neighbour_in_use
+
+
+def test_one_plugin_may_stand_without_a_list(plugin_file):
+    assert Plugins(plugin_file(MODEL.format("mine", "file"))).load("model", "mine").name == "mine"
 
 
 @pytest.mark.parametrize("name", ["../escape", "/absolute", ".hidden", "a b", "x" * 101])
