@@ -287,9 +287,9 @@ def check(
         raise InputError(f"{target} holds no model")
     failed = False
     for name in names:
-        spec = plugins.load("model", name)
+        _, spec, hooks = plugins.load_model(name)
         out.print(f"[bold]{escape(spec.name)}[/]", highlight=False)
-        for result in inspect_model(spec):
+        for result in inspect_model(spec, hooks):
             failed |= result.fault is not None
             mark = "[red]fault[/]" if result.fault else "[green]ok[/]   "
             detail = f": {escape(result.fault)}" if result.fault else ""

@@ -54,7 +54,7 @@ class Rates(Config):
 class DataInfo:
     """What a model may know of the data before it is built.
 
-    `dims` maps each modality to its feature width, `max_lengths` to the file's sequence length;
+    `dims` maps each modality that the model needs to its feature width, `max_lengths` to the file's sequence length;
     `tasks` are the labels the train split has (`"M"`, and `"T" "A" "V"` where known).
     """
 
@@ -97,7 +97,9 @@ class Batch(_Rows):
     text_segments: Tensor | None = None
     """(B, L)"""
     text: Tensor | None = None
-    """(B, L, d) precomputed text features as the file pads them, for models that need `"text_features"`"""
+    """(B, Lt, d) precomputed text features, for models that need `"text_features"`"""
+    text_lengths: Tensor | None = None
+    """(B) 1…Lt, where the file says which tokens they are of: else they are as the file pads them"""
     audio: Tensor | None = None
     """(B, La, da)"""
     audio_lengths: Tensor | None = None
@@ -194,7 +196,8 @@ class ModelSpec:
         training: defaults of the training loop.
         hooks: names of hooks the model is always trained with.
         hook_config: `hook_config(config) -> dict` of `hook.…` defaults derived from the model's own keys.
-        needs: what the data must have: modalities, `"text_features"`, `"alignment"`, or tasks such as `"T"`.
+        needs: what the data must have, and all that the model gets of its inputs: `"text"` (tokens), `"audio"`,
+            `"vision"`, `"text_features"`; also `"alignment"`, or tasks such as `"T"`.
         per_sample: no batch statistics and no clipping inside a group: a group may run as one forward.
         import_checkpoint: `import_checkpoint(state)` translates a foreign state dict into a dict of `"config"` (keys
             read off its shapes), `"dims"` (feature widths), `"model"` and `"hooks"` (state dicts, hooks by name).

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .config import RunConfig, resolve
-from .contract import DataInfo, DatasetSpec, HookSpec, ModelSpec
+from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.batches import Split
 from .data.feature_file import FeatureFile, read_feature_file
 from .data.text import TextEncoder, find_text_encoder, tokenise
@@ -28,6 +28,15 @@ from .training import Watcher
 
 NEEDS = ("text", "text_features", "audio", "vision", "alignment", "T", "A", "V")
 SELECTION = "the epoch with the lowest validation MAE; test is read once"
+
+
+def needs_of(spec: ModelSpec, config: Config) -> tuple[str, ...]:
+    """Return what a model needs of the data, under a configuration; raises InputError for what is none of `NEEDS`."""
+    needs = spec.needs(config) if callable(spec.needs) else spec.needs
+    if isinstance(needs, str) or (wrong := [need for need in needs if need not in NEEDS]):
+        given = needs if isinstance(needs, str) else ", ".join(wrong)
+        raise InputError(f"{spec.name}: needs must be a tuple of {', '.join(NEEDS)}, got {given!r}")
+    return tuple(needs)
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,7 @@ class Plan:
     @property
     def needs(self) -> tuple[str, ...]:
         """What the model needs of the data, under this configuration."""
-        needs = self.spec.needs(self.config.model) if callable(self.spec.needs) else self.spec.needs
-        if isinstance(needs, str) or (wrong := [need for need in needs if need not in NEEDS]):
-            given = needs if isinstance(needs, str) else ", ".join(wrong)
-            raise InputError(f"{self.spec.name}: needs must be a tuple of {', '.join(NEEDS)}, got {given!r}")
-        return tuple(needs)
+        return needs_of(self.spec, self.config.model)
 
     @property
     def metrics(self) -> Literal["mosi", "sims"]:
@@ -90,12 +95,11 @@ class Plan:
             if (clips := len(file.splits[name].ids)) != published:
                 notes.append(f"{file.name} has {clips} {name} clips, {self.dataset.name} as published has {published}")
         arrays = file.splits["train"]
-        sequences = {name: getattr(arrays, name) for name in ("text", "audio", "vision")}
-        dims = {name: array.shape[2] for name, array in sequences.items() if array is not None}
-        lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in dims}
-        read = [name for name in ("audio", "vision") if name in self.needs]
+        read = [need.removesuffix("_features") for need in self.needs if need in ("text_features", "audio", "vision")]
+        dims = {name: getattr(arrays, name).shape[2] for name in read}
+        lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in read}
         notes += [
-            f"{name} says nothing: train has one value throughout" for name in read if not np.ptp(sequences[name])
+            f"{name} says nothing: train has one value throughout" for name in read if not np.ptp(getattr(arrays, name))
         ]
         if encoder:
             default = self.dataset.text_encoder
@@ -131,8 +135,7 @@ class Job:
         """Return the split "train", "valid" or "test" on a device."""
         assert self.file is not None
         tokens = self.tokens[name] if self.tokens else None
-        features = "text_features" in self.plan.needs
-        return Split(self.file.splits[name], tokens, device, train=name == "train", text_features=features)
+        return Split(self.file.splits[name], tokens, device, train=name == "train", needs=self.plan.needs)
 
     def settings(self) -> dict[str, Any]:
         """Everything that can change a result apart from the seed, as it is written to `config.json`."""
@@ -226,7 +229,7 @@ def _check_needs(plan: Plan, file: FeatureFile) -> None:
     train, name = file.splits["train"], plan.spec.name
     for need in plan.needs:
         if need == "alignment":
-            if not file.aligned:
+            if not file.aligned or ("text_features" in plan.needs and train.text_lengths is None):
                 raise InputError(f"{name} needs word-aligned features, and {file.name} is not aligned")
         elif need in ("text", "text_features", "audio", "vision"):
             has_tokens = train.text_bert is not None or train.raw_text is not None

@@ -5,7 +5,7 @@ A small random data set stands in for a feature file, and a tiny random encoder 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import resolve
-from .contract import Batch, DataInfo, DatasetSpec, FusionOutput, ModelSpec
+from .contract import Batch, DataInfo, DatasetSpec, FusionOutput, HookSpec, ModelSpec
 from .data.batches import Split, predict
 from .data.feature_file import SplitArrays
 from .data.text import TextEncoder
 from .errors import BenchmarkError
+from .jobs import needs_of
 from .plugins import Plugins
 from .training import make_optimizer
 
@@ -47,25 +48,31 @@ class _Fault(Exception):
     pass
 
 
-def check_model(spec: ModelSpec) -> None:
+def check_model(spec: ModelSpec, hooks: Sequence[HookSpec] | None = None) -> None:
     """Check a model against the contract.
+
+    Args:
+        spec: the model.
+        hooks: the specs of the hooks that it names; by default they are looked up by name.
 
     Raises:
         BenchmarkError: it breaks one; the message lists every fault.
     """
-    faults = [f"{check.name}: {check.fault}" for check in inspect_model(spec) if check.fault]
+    faults = [f"{check.name}: {check.fault}" for check in inspect_model(spec, hooks) if check.fault]
     if faults:
         raise BenchmarkError(f"{spec.name} breaks the contract: " + "; ".join(faults))
 
 
-def inspect_model(spec: ModelSpec) -> list[Check]:
+def inspect_model(spec: ModelSpec, hooks: Sequence[HookSpec] | None = None) -> list[Check]:
     """Run every check and return the results; a model that cannot be built has only the first.
 
     The checks have a seed of their own, and leave torch's global random state as it was.
     """
+    if hooks is None:
+        hooks = [Plugins().load("hook", name) for name in spec.hooks]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _run_checks(_Case(spec))
+        return _run_checks(_Case(spec, hooks))
 
 
 def _run_checks(case: _Case) -> list[Check]:
@@ -95,55 +102,51 @@ def _run_checks(case: _Case) -> list[Check]:
 class _Case:
     """A model on the stand-in data."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, hooks: Sequence[HookSpec]) -> None:
         self.spec = spec
+        self.hooks = hooks
         rng = np.random.default_rng(0)
-        lengths: dict[str, np.ndarray] = {name: rng.integers(2, longest + 1, _N) for name, longest in _LENGTHS.items()}
-        for values in lengths.values():
+        self.lengths = {name: rng.integers(2, longest + 1, _N) for name, longest in _LENGTHS.items()}
+        for values in self.lengths.values():
             values[0], values[1] = values.max(), 1
-        mask = np.arange(_LENGTHS["text"]) < np.maximum(lengths["text"], 3)[:, None]
+        self.lengths["text"] = np.maximum(self.lengths["text"], 3)
+        mask = np.arange(_LENGTHS["text"]) < self.lengths["text"][:, None]
         ids = np.where(mask, rng.integers(5, _VOCABULARY, mask.shape), 0)
         self.tokens = np.stack([ids, mask, np.zeros_like(ids)], axis=1).astype(np.int64)
+        self.rows = torch.arange(_N)
+
+    def arrays(self, aligned: bool) -> SplitArrays:
+        rng = np.random.default_rng(1)
+        lengths = dict.fromkeys(_LENGTHS, self.lengths["text"]) if aligned else self.lengths
 
         def sequence(name: str) -> np.ndarray:
-            real = np.arange(_LENGTHS[name]) < lengths[name][:, None]
+            steps = _LENGTHS["text" if aligned else name]
+            real = np.arange(steps) < lengths[name][:, None]
             return (rng.normal(size=(*real.shape, _DIMS[name])) * real[:, :, None]).astype(np.float32)
 
-        self.arrays = SplitArrays(
+        return SplitArrays(
             ids=[f"clip{i}" for i in range(_N)],
             labels={task: rng.uniform(-3, 3, _N).astype(np.float32) for task in "MTAV"},
-            text=sequence("text"),
-            audio=sequence("audio"),
-            audio_lengths=lengths["audio"],
-            vision=sequence("vision"),
-            vision_lengths=lengths["vision"],
+            **{name: sequence(name) for name in _LENGTHS},  # type: ignore[arg-type]
+            **{f"{name}_lengths": lengths[name] for name in _LENGTHS},  # type: ignore[arg-type]
         )
-        self.rows = torch.arange(_N)
 
     def build(self, seed: int = 0) -> nn.Module:
         dataset = DatasetSpec(name="mosi", summary="", label_range=3.0, metrics="mosi")
-        hooks = [Plugins().load("hook", name) for name in self.spec.hooks]
-        self.config = resolve(self.spec, hooks, dataset).model
-        needs = self.spec.needs(self.config) if callable(self.spec.needs) else self.spec.needs
-        # What the model does not ask for may be missing in a file.
-        absent = {name: None for name in ("audio", "vision") if name not in needs}
-        reads_text = "text" in needs
-        self.split = Split(
-            replace(self.arrays, **absent),  # type: ignore[arg-type]
-            self.tokens if reads_text else None,
-            torch.device("cpu"),
-            train=True,
-            text_features="text_features" in needs,
-        )
-        given = {name for name in _DIMS if name in needs or (name == "text" and "text_features" in needs)}
+        self.config = resolve(self.spec, self.hooks, dataset).model
+        needs = needs_of(self.spec, self.config)
+        reads_text, aligned = "text" in needs, "alignment" in needs
+        arrays = self.arrays(aligned)
+        self.split = Split(arrays, self.tokens if reads_text else None, torch.device("cpu"), train=True, needs=needs)
+        given = {need.removesuffix("_features") for need in needs} & _DIMS.keys()
         info = DataInfo(
             name="check",
             dims={name: _DIMS[name] for name in _DIMS if name in given},
-            max_lengths={name: _LENGTHS[name] for name in _DIMS if name in given},
+            max_lengths={name: getattr(arrays, name).shape[1] for name in _DIMS if name in given},
             n_train=_N,
             label_range=3.0,
             tasks=tuple("MTAV"),
-            aligned="alignment" in needs,
+            aligned=aligned,
             text_encoder=TextEncoder.from_config(_BERT, name="tiny") if reads_text else None,
         )
         torch.manual_seed(seed)
@@ -178,8 +181,9 @@ class _Case:
         self.model.train()
         self.model.zero_grad()
         output = self.model(self.split.batch(self.rows))
-        parts = [output.prediction.sum(), *output.losses.values(), *(v.sum() for v in output.unimodal.values())]
-        torch.stack([*parts]).sum().backward()
+        others = [*output.unimodal.values(), *output.features.values()]  # hooks train through features
+        parts = [output.prediction.sum(), *output.losses.values(), *(value.sum() for value in others)]
+        torch.stack(parts).sum().backward()
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         missed = [name for name, parameter in trainable if parameter.grad is None]
         if missed:
@@ -204,7 +208,7 @@ class _Case:
         def pad(tensor: Tensor | None, widths: tuple[int, ...]) -> Tensor | None:
             return None if tensor is None else nn.functional.pad(tensor, widths)
 
-        tokens = {name: pad(getattr(batch, name), (0, 3)) for name in ("text_ids", "text_mask", "text_segments")}
+        tokens = {name: pad(getattr(batch, name), (0, 4)) for name in ("text_ids", "text_mask", "text_segments")}
         sequences = {name: pad(getattr(batch, name), (0, 0, 0, 4)) for name in ("text", "audio", "vision")}
         return replace(batch, **tokens, **sequences)  # type: ignore[arg-type]
 

@@ -63,11 +63,17 @@ def test_a_slice_of_a_batch_is_the_batch_of_those_rows(split):
     assert len(part) == len(part.audio) == 2
 
 
-def test_text_features_only_where_they_are_asked_for(tmp_path):
-    path = feature_file(tmp_path, text=lambda _: np.ones((4, 9, 6)), train={"text": np.ones((8, 9, 6))})
-    arrays = read_feature_file(path, label_range=3.0).splits["test"]
+@pytest.mark.parametrize("steps", [9, 7])
+def test_text_features_where_they_are_asked_for(tmp_path, steps):
+    """They are trimmed where they are of the tokens of `text_bert`."""
+    few = {split: {"text": np.ones((n, steps, 6))} for split, n in {"train": 8, "valid": 4, "test": 4}.items()}
+    arrays = read_feature_file(feature_file(tmp_path, **few), label_range=3.0).splits["test"]
     assert Split(arrays, None, CPU, train=False).batch(torch.arange(2)).text is None
-    assert Split(arrays, None, CPU, train=False, text_features=True).batch(torch.arange(2)).text.shape == (2, 9, 6)
+    batch = Split(arrays, None, CPU, train=False, needs=("text_features",)).batch(torch.arange(2))
+    lengths = arrays.text_bert[:2, 1].sum(axis=1)
+    assert batch.audio is None
+    assert batch.text.shape == (2, lengths.max() if steps == 9 else steps, 6)
+    assert (batch.text_lengths.tolist() == lengths.tolist()) if steps == 9 else (batch.text_lengths is None)
 
 
 class Lengths(nn.Module):
@@ -78,7 +84,7 @@ class Lengths(nn.Module):
         self.seen: list[list[int]] = []
 
     def forward(self, batch) -> FusionOutput:
-        self.seen.append(batch.audio_lengths.tolist())
+        self.seen.append(batch.text_mask.sum(1).tolist())
         return FusionOutput(prediction=batch.audio[:, 0, 0], features={"audio": batch.audio[:, 0]})
 
 
@@ -89,8 +95,9 @@ def test_evaluation_sorts_by_length_and_restores_the_order(split, arrays):
     np.testing.assert_array_equal(output.prediction, arrays.audio[rows.numpy(), 0, 0])
     np.testing.assert_array_equal(output.features["audio"], arrays.audio[rows.numpy(), 0])
     assert [len(chunk) for chunk in model.seen] == [6, 6, 6, 2]
-    texts = arrays.text_bert[:, 1].sum(axis=1)
-    assert [texts[rows[i]] for i in split.by_length(rows)] == sorted(texts, reverse=True)
+    assert [length for chunk in model.seen for length in chunk] == sorted(
+        arrays.text_bert[:, 1].sum(axis=1), reverse=True
+    )
 
 
 def test_predict_is_in_evaluation_mode_without_gradients(split, arrays):

@@ -46,6 +46,7 @@ def quick(tmp_path, encoder):
 
 def plugin(folder: Path, forward: str, name: str = "mean", *, options: str = "", dims: str = "{}") -> str:
     """Write a plugin with one model over audio; `forward` is its body, with `mean` (B, 5) and `self.linear`."""
+    options += "" if "needs" in options else ', needs=("audio",)'
     text = f"""
 import torch
 from registry import FusionOutput, register_model
@@ -401,6 +402,13 @@ def test_a_modality_that_is_not_there(quick, tmp_path):
     assert load_run(folder).settings["data"]["dims"] == {"audio": 5, "text": 8}
 
 
+def test_a_model_gets_what_it_needs_and_nothing_else(quick, tmp_path):
+    forward = "assert batch.vision is batch.text_ids is None; return FusionOutput(self.linear(mean)[:, 0])"
+    run = quick(model="mean", plugins=[plugin(tmp_path, forward)]).runs[0]
+    assert run.status == "ok", run.reason
+    assert load_run(run.folder).settings["data"]["dims"] == {"audio": 5}
+
+
 def test_a_model_without_text_needs_no_encoder(quick, tmp_path):
     mute = feature_file(tmp_path, name="mute.pkl", raw_text=None, text_bert=None)
     result = quick(mute, config={"modalities": "audio,vision"})
@@ -408,10 +416,10 @@ def test_a_model_without_text_needs_no_encoder(quick, tmp_path):
     assert result.protocol["text encoder"] == "none"
 
 
-def aligned(tmp_path: Path) -> Path:
+def aligned(tmp_path: Path, **more) -> Path:
     changes = {"audio_lengths": None, "vision_lengths": None}
     longer = {name: lambda a: np.repeat(a[:, :1], 9, axis=1) for name in ("audio", "vision")}
-    return feature_file(tmp_path, name="aligned.pkl", **changes, **longer)
+    return feature_file(tmp_path, name="aligned.pkl", **changes, **longer, **more)
 
 
 def test_alignment_is_asked_for_and_kept(quick, tmp_path):
@@ -422,6 +430,19 @@ def test_alignment_is_asked_for_and_kept(quick, tmp_path):
     with pytest.raises(InputError, match="aligned with the tokens of another text encoder than"):
         quick(aligned(tmp_path), model="mean", plugins=[file])
     assert quick(aligned(tmp_path)).protocol["data"] == "aligned"
+
+
+def test_aligned_steps_stand_side_by_side_in_every_batch(quick, tmp_path):
+    forward = "steps = torch.cat([batch.text, batch.audio, batch.vision], -1).sum((1, 2))\n"
+    forward += "        return FusionOutput(self.linear(mean)[:, 0] + steps / batch.text_lengths)"
+    file = plugin(tmp_path, forward, options=', needs=("text_features", "audio", "vision", "alignment")')
+
+    def features(steps: int) -> dict[str, dict[str, np.ndarray]]:
+        return {split: {"text": np.ones((n, steps, 2))} for split, n in (("train", 8), ("valid", 4), ("test", 4))}
+
+    assert quick(aligned(tmp_path, **features(9)), "mean", plugins=[file]).ok
+    with pytest.raises(InputError, match=r"mean needs word-aligned features, and aligned\.pkl is not aligned"):
+        quick(aligned(tmp_path, **features(1)), "mean", plugins=[file])
 
 
 def test_labels_and_text_features_are_asked_for(quick, tmp_path):

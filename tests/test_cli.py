@@ -178,6 +178,26 @@ class Faulty(torch.nn.Module):
     assert "fault padding and batch company do not change a prediction: a clip alone is predicted" in out
 
 
+def test_check_finds_a_hook_in_the_same_file(benchmark, tmp_path):
+    (tmp_path / "own_hook.py").write_text("""
+import torch
+from registry import FusionOutput, HookSpec, TrainingHook, register_model
+
+HOOK = HookSpec(name="own_hook", summary="", build=lambda config, train, dims: TrainingHook())
+
+@register_model("hooked", summary="", needs=("audio",), hooks=("own_hook",))
+class Hooked(torch.nn.Module):
+    def __init__(self, config, data):
+        super().__init__()
+        self.linear, self.feature_dims = torch.nn.Linear(data.dims["audio"], 1), {}
+
+    def forward(self, batch):
+        return FusionOutput(self.linear(batch.audio.sum(1)).squeeze(-1))
+""")
+    code, out, _ = benchmark("check", tmp_path / "own_hook.py")
+    assert (code, out.count(" ok ")) == (0, 7)
+
+
 # --- broken input: one clear message, exit code 2, nothing written
 
 

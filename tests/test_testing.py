@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from registry import Batch, BenchmarkError, DataInfo, FusionOutput, ModelSpec
+from registry import Batch, BenchmarkError, DataInfo, FusionOutput, HookSpec, InputError, ModelSpec, TrainingHook
 from registry.plugins import Plugins
 from registry.testing import check_model, inspect_model
 
@@ -101,6 +102,45 @@ def test_needs_decide_what_the_model_is_given():
     assert faults(Text, needs=lambda config: ("audio", "text_features", "alignment")) == {}
     assert seen["aligned"]
     assert seen["text"].shape == (12, 10, 16)
+
+
+def test_aligned_steps_stand_side_by_side():
+    class Aligned(Sound):
+        def __init__(self, config: Any, data: DataInfo) -> None:
+            super().__init__(config, data)
+            self.encoder = nn.Linear(sum(data.dims.values()), 4)
+
+        def pool(self, batch: Batch) -> Tensor:
+            steps = torch.cat([batch.text, batch.audio, batch.vision], dim=-1)
+            return steps.sum(1) / batch.text_lengths[:, None]
+
+    assert faults(Aligned, needs=("text_features", "audio", "vision", "alignment")) == {}
+
+
+def test_what_only_hooks_train_is_no_fault():
+    class Projected(Sound):
+        def __init__(self, config: Any, data: DataInfo) -> None:
+            super().__init__(config, data)
+            self.project = nn.Linear(4, 4)
+
+        def forward(self, batch: Batch) -> Any:
+            output = super().forward(batch)
+            return replace(output, features={"audio": self.project(output.features["audio"])})
+
+    assert faults(Projected) == {}
+
+
+def test_a_hook_that_is_not_installed_is_given():
+    hook = HookSpec(name="not_installed", summary="", build=TrainingHook)
+    spec = spec_of(Sound, hooks=("not_installed",))
+    assert check_model(spec, [hook]) is None
+    with pytest.raises(InputError, match="unknown hook 'not_installed'"):
+        check_model(spec)
+
+
+def test_needs_that_are_none():
+    with pytest.raises(BenchmarkError, match="needs must be a tuple of text, text_features"):
+        check_model(spec_of(Sound, needs=("sound",)))
 
 
 def test_what_a_model_does_not_ask_for_is_withheld():

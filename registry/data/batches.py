@@ -24,7 +24,7 @@ class Split:
         tokens: (N, 3, L) token ids, mask and segments made for the text encoder in use, or None.
         device: where the tensors live.
         train: whether batches show labels and row numbers; outside training a model sees neither.
-        text_features: whether batches carry the file's precomputed text features.
+        needs: which of `"audio"`, `"vision"` and `"text_features"` (the file's `text`) batches carry.
     """
 
     def __init__(
@@ -34,21 +34,23 @@ class Split:
         device: torch.device,
         *,
         train: bool,
-        text_features: bool = False,
+        needs: Sequence[str] = ("audio", "vision"),
     ) -> None:
-        def put(array: np.ndarray | None) -> Tensor | None:
-            return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         self.train = train
         self.device = device
         self.labels = {task: torch.from_numpy(values).to(device) for task, values in arrays.labels.items()}
-        self._tokens = put(tokens)
-        self._sequences = {"audio": put(arrays.audio), "vision": put(arrays.vision)}
-        self._sequences["text"] = put(arrays.text) if text_features else None
+        self._tokens = None if tokens is None else put(tokens)
+        given = {need.removesuffix("_features") for need in needs if need in ("audio", "vision", "text_features")}
+        sequences = {name: getattr(arrays, name) for name in given}
+        lengths = {name: getattr(arrays, f"{name}_lengths") for name in given}
+        self._sequences = {name: put(array) for name, array in sequences.items() if array is not None}
         # Lengths stay on the host too: trimming must not ask the device for a number.
-        self._lengths = {"audio": arrays.audio_lengths, "vision": arrays.vision_lengths}
+        self._lengths = {name: array for name, array in lengths.items() if array is not None}
         self._token_lengths = None if tokens is None else _last_real(tokens[:, 1])
-        self._device_lengths = {name: put(lengths) for name, lengths in self._lengths.items()}
+        self._device_lengths = {f"{name}_lengths": put(array) for name, array in self._lengths.items()}
 
     def __len__(self) -> int:
         return len(self.labels["M"])
@@ -58,17 +60,14 @@ class Split:
         at = rows.to(self.device)
         host = rows.numpy()
         tensors: dict[str, Any] = {}
-        if self._tokens is not None and self._token_lengths is not None:
+        if self._tokens is not None:
+            assert self._token_lengths is not None
             tokens = self._tokens[at, :, : self._token_lengths[host].max()]
             tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}
         for name, sequence in self._sequences.items():
             lengths = self._lengths.get(name)
-            if sequence is None:
-                continue
             tensors[name] = sequence[at] if lengths is None else sequence[at, : lengths[host].max()]
-        for name, device_lengths in self._device_lengths.items():
-            if device_lengths is not None:
-                tensors[f"{name}_lengths"] = device_lengths[at]
+        tensors |= {name: lengths[at] for name, lengths in self._device_lengths.items()}
         if self.train:
             return Batch(index=at, labels={task: values[at] for task, values in self.labels.items()}, **tensors)
         return Batch(index=torch.full_like(at, -1), **tensors)

@@ -34,7 +34,9 @@ class SplitArrays:
     text_bert: np.ndarray | None = None
     """int64 (N, 3, L): token ids, mask, segments"""
     text: np.ndarray | None = None
-    """float32 (N, L, d)"""
+    """float32 (N, Lt, d)"""
+    text_lengths: np.ndarray | None = None
+    """int64 (N) 1…Lt, where the features are of the tokens of `text_bert`"""
     audio: np.ndarray | None = None
     """float32 (N, La, da)"""
     audio_lengths: np.ndarray | None = None
@@ -293,7 +295,7 @@ class _Check:
         return array
 
     def lengths(self, raw: dict[str, dict[str, Any]], splits: dict[str, SplitArrays]) -> bool:
-        """Set the lengths of audio and vision, and return whether the file is aligned."""
+        """Set the lengths of text, audio and vision, and return whether the file is aligned."""
         given = any(f"{modality}_lengths" in arrays for arrays in raw.values() for modality in ("audio", "vision"))
         tokens = [arrays.text_bert for arrays in splits.values()]
         steps = [
@@ -302,6 +304,9 @@ class _Check:
         ]
         aligned = not given and all(t is not None and s == {t.shape[2]} for t, s in zip(tokens, steps, strict=True))
         for split, arrays in splits.items():
+            if arrays.text is not None and arrays.text_bert is not None:
+                per_token = arrays.text.shape[1] == arrays.text_bert.shape[2]
+                arrays.text_lengths = arrays.text_bert[:, 1].sum(axis=1) if per_token else None
             for modality in ("audio", "vision"):
                 features = getattr(arrays, modality)
                 if features is None:
