@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import random
 import re
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from .contract import TrainingData, TrainingHook
-from .data.batches import predict
-from .data.feature_file import SplitArrays
-from .errors import BenchmarkError, InputError, RunFailed
+from .data.batches import Split, predict
+from .errors import BenchmarkError, InputError, RunFailed, one_line
 from .jobs import Job, make_plan
 from .metrics import regression
-from .plugins import NAME, one_line
+from .plugins import NAME
 from .runs import environment, finished, finite, load_run, require_writable, write_run
 from .training import Epoch, Watcher, train
 
@@ -146,7 +147,7 @@ def run(
     )
     place = _device(device)
     job = plan.read(data, text_encoder, watcher)
-    folder = Path(runs).expanduser() / plan.name / plan.dataset.name / job.identity()
+    folder = Path(os.path.expanduser(runs)) / plan.name / plan.dataset.name / job.identity()
     done: list[SeedRun] = []
     for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
@@ -219,22 +220,30 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch, numpy and `random`, and leave them afterwards as they were."""
+def isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch, numpy and `random`, set aside what the caller set in torch, and leave all as it was."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # cuDNN's LSTMs would round to TF32.
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), exact:
+    default_dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    with ExitStack() as stack:
+        stack.callback(random.setstate, python_state)
+        stack.callback(np.random.set_state, numpy_state)
+        stack.callback(torch.set_default_dtype, default_dtype)
+        torch.set_default_dtype(torch.float32)
+        if default_device.type != "cpu":
+            stack.callback(torch.set_default_device, default_device)
+            torch.set_default_device(None)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        # cuDNN's LSTMs would round to TF32.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+        yield
 
 
 def _train_seed(
@@ -250,8 +259,8 @@ def _train_seed(
     assert job.file is not None
     started = time.perf_counter()
     plan = job.plan
-    splits = {name: job.split(name, device) for name in job.file.splits}
-    with _seeded(seed, device):
+    with isolated(seed, device):
+        splits = {name: job.split(name, device) for name in job.file.splits}
         model = plan.spec.build(plan.config.model, job.info).to(device)
         # A copy: hooks may do with it what they like.
         labels = TrainingData({task: values.clone() for task, values in splits["train"].labels.items()}, job.info)
@@ -271,11 +280,8 @@ def _train_seed(
             watcher=watcher,
             history=history,
         )
-        predictions = predict(model, splits["test"]).cpu().numpy()
-    if not np.isfinite(predictions).all():
-        raise RunFailed("the best epoch's predictions on the test split are not finite")
-    metrics = regression(predictions, job.file.splits["test"].labels["M"], plan.metrics)
-    tables = _artifacts(hooks, job.file.splits["train"].ids)
+        metrics, predictions = evaluate(model, job, splits["test"])
+        tables = _artifacts(hooks, job.file.splits["train"].ids)
     summary = {
         "metrics": metrics,
         "best_epoch": outcome.best_epoch,
@@ -283,7 +289,7 @@ def _train_seed(
         "protocol": job.protocol(),
         "artifacts": list(tables),
     }
-    tables["predictions"] = prediction_table(job.file.splits["test"], predictions)
+    tables["predictions"] = predictions
     tables["history"] = pd.DataFrame([vars(record) for record in outcome.history])
     write_run(
         folder,
@@ -296,9 +302,19 @@ def _train_seed(
     )
 
 
-def prediction_table(split: SplitArrays, predictions: np.ndarray) -> pd.DataFrame:
-    """Return `id`, `label` and `prediction` of every clip."""
-    return pd.DataFrame({"id": split.ids, "label": split.labels["M"], "prediction": predictions})
+def evaluate(model: nn.Module, job: Job, split: Split) -> tuple[dict[str, float], pd.DataFrame]:
+    """Return the metrics of a model on the test split, and `id`, `label` and `prediction` of every clip.
+
+    Raises:
+        RunFailed: a prediction is not finite.
+    """
+    assert job.file is not None
+    test = job.file.splits["test"]
+    predictions = predict(model, split).cpu().numpy()
+    if not np.isfinite(predictions).all():
+        raise RunFailed("predictions on the test split are not finite")
+    table = pd.DataFrame({"id": test.ids, "label": test.labels["M"], "prediction": predictions})
+    return regression(predictions, test.labels["M"], job.plan.metrics), table
 
 
 def _artifacts(hooks: Mapping[str, TrainingHook], train_ids: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -307,6 +323,8 @@ def _artifacts(hooks: Mapping[str, TrainingHook], train_ids: Sequence[str]) -> d
     for hook in hooks.values():
         for name, columns in hook.artifacts().items():
             table = pd.DataFrame(columns)
+            if table.empty:
+                continue
             if "index" in table:
                 table["index"] = np.array(train_ids, dtype=object)[table["index"]]
                 table = table.rename(columns={"index": "id"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .benchmark import prediction_table
+from .benchmark import evaluate, isolated
 from .contract import DataInfo, TrainingData
-from .data.batches import predict
 from .data.feature_file import file_sha256
 from .errors import InputError
 from .jobs import Job, make_plan
-from .metrics import regression
 from .plugins import Plugins
 from .runs import Run, environment, load_run, write_run
 from .training import Watcher
+
+CPU = torch.device("cpu")
 
 
 def import_checkpoint(
@@ -45,7 +46,7 @@ def import_checkpoint(
     Raises:
         InputError: the file is not such a checkpoint, or does not fit the data.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     importer = Plugins(plugins).load_model(model)[1].import_checkpoint
     if importer is None:
         raise InputError(f"model {model!r} cannot import checkpoints: its spec has no import_checkpoint")
@@ -74,7 +75,8 @@ def import_checkpoint(
             f"{path} has a text encoder of width {found['dims']['text']}, {encoder.name} has {encoder.width}; "
             "pass the one it was trained with as --text-encoder"
         )
-    return _write(job, found, path, Path(runs).expanduser())
+    with isolated(0, CPU):
+        return _write(job, found, path, Path(os.path.expanduser(runs)))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -106,18 +108,15 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
         raise InputError(f"{path} does not fit {plan.name}: {str(error).splitlines()[-1].strip()}") from error
     digest = file_sha256(path)
     metrics: dict[str, float] = {}
-    folder = runs / plan.name / plan.dataset.name / "imported" / digest[:12]
+    folder = runs / plan.name / plan.dataset.name / job.identity() / f"imported-{digest[:12]}"
     tables = {}
     if job.file is not None:
-        test = job.file.splits["test"]
-        predictions = predict(network, job.split("test", torch.device("cpu"))).numpy()
-        metrics = regression(predictions, test.labels["M"], plan.metrics)
-        tables["predictions"] = prediction_table(test, predictions)
+        metrics, tables["predictions"] = evaluate(network, job, job.split("test", CPU))
     write_run(
         folder,
         settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
         summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
-        environment=environment(torch.device("cpu"), job.file.sha256 if job.file else None, plan.sources, 0.0),
+        environment=environment(CPU, job.file.sha256 if job.file else None, plan.sources, 0.0),
         tables=tables,
         modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},
         log=[f"imported from {path.name}"],

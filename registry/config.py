@@ -196,7 +196,10 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], str | None]:
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
     if isinstance(content.get("config"), dict):  # a run's own
-        return content["config"], content.get("preset")
+        preset = content.get("preset")
+        if preset is not None and not isinstance(preset, str):
+            raise InputError(f"config file {path}: 'preset' must be text, got {preset!r}")
+        return content["config"], preset
     return content, None
 
 

@@ -28,3 +28,12 @@ def unknown(kind: str, name: str, available: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f", did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}{hint} (available: {', '.join(names) or 'none'})"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error of somebody else's code as one line, of 300 characters at most."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ")[:300]

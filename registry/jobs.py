@@ -7,7 +7,7 @@ job = plan.read("unaligned_50.pkl", text_encoder=None, watcher=Watcher())
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ class Plan:
             raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
         if not self.dataset.generate and path is None:
             raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
-        path = None if path is None else Path(path).expanduser()
+        path = None if path is None else Path(os.path.expanduser(path))
         if path is not None and not path.is_file():  # said before an encoder is fetched
             raise InputError(f"{path} is a folder, expected a file" if path.is_dir() else f"{path} does not exist")
         encoder = self.find_encoder(text_encoder)
@@ -207,14 +207,14 @@ def make_plan(
         hook_specs,
         dataset_spec,
         preset=preset,
-        file=None if config_file is None else Path(config_file).expanduser(),
+        file=None if config_file is None else Path(os.path.expanduser(config_file)),
         overrides=config,
         defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
     )
     limit = dataset_spec.label_range if label_range is None else label_range
     if limit is None:
         raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
-    if not 0 < limit < math.inf:
+    if not 0 < limit <= float(np.finfo(np.float32).max):
         raise InputError(f"--label-range must be a positive number, got {limit:g}")
     entries = [found.entry("model", spec.name), *(found.entry("hook", hook.name) for hook in hook_specs)]
     versions = [

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import InputError, unknown
+from .errors import InputError, one_line, unknown
 
 GROUPS = {"model": "mmsa.models", "dataset": "mmsa.datasets", "hook": "mmsa.hooks"}
 NAME = r"[A-Za-z0-9][\w.-]{0,99}"
@@ -182,15 +182,6 @@ def _resolve(kind: str, entry: Entry) -> Any:
     if spec.name != entry.name:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} calls itself {spec.name!r}; the names must be equal")
     return spec
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error of somebody else's code as one line."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:
-        text = ""
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _spec_of(value: Any) -> Any:

@@ -24,9 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from .errors import BenchmarkError, InputError
+from .errors import BenchmarkError, InputError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 FINISHED = "metrics.json"
 WEIGHTS = "model.safetensors"
-_READ = ("config.json", "environment.json", WEIGHTS)
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -80,7 +79,7 @@ def writing(folder: Path) -> Iterator[Path]:
         temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         temporary.mkdir()
         yield temporary
-        if folder.exists():
+        if os.path.lexists(folder):
             replaced = temporary.with_name(f"{temporary.name}.old")
             os.replace(folder, replaced)
             try:
@@ -88,7 +87,10 @@ def writing(folder: Path) -> Iterator[Path]:
             except BaseException:
                 os.replace(replaced, folder)
                 raise
-            shutil.rmtree(replaced)
+            if replaced.is_dir() and not replaced.is_symlink():
+                shutil.rmtree(replaced)
+            else:
+                replaced.unlink()
         else:
             os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -125,8 +127,8 @@ def write_run(
         for name, table in tables.items():
             table.to_csv(temporary / f"{name}.csv", index=False)
         (temporary / "log.txt").write_text("".join(f"{line}\n" for line in log), "utf-8")
-        save_file(weights, temporary / "model.safetensors")
-        shutil.copymode(temporary / "log.txt", temporary / "model.safetensors")  # safetensors hides it from others
+        save_file(weights, temporary / WEIGHTS)
+        shutil.copymode(temporary / "log.txt", temporary / WEIGHTS)  # safetensors hides it from others
         for name, value in (("config", settings), ("environment", environment), ("metrics", summary)):
             (temporary / f"{name}.json").write_text(json.dumps(finite(value), indent=2) + "\n", "utf-8")
 
@@ -243,19 +245,21 @@ class Run:
             raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
         if self.environment.get("sources", {}).get(spec.name) != plugins.entry("model", spec.name).source_sha256:
             warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=3)
-        dataset = plugins.load("dataset", settings["dataset"])
-        config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
-        data = dict(settings["data"])
-        encoder = settings["text_encoder"]
-        info = DataInfo(
-            **{key: data[key] for key in ("name", "dims", "max_lengths", "n_train", "label_range", "aligned")},
-            tasks=tuple(data["tasks"]),
-            text_encoder=TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None,
-        )
-        with torch.random.fork_rng(devices=[]):
-            model = spec.build(config, info)
-        weights = load_file(self.folder / WEIGHTS)
-        model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+        try:
+            dataset = plugins.load("dataset", settings["dataset"])
+            config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
+            facts = {name: value for name, value in settings["data"].items() if name in DataInfo.__annotations__}
+            facts["tasks"] = tuple(facts["tasks"])
+            encoder = settings["text_encoder"]
+            made = TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None
+            with torch.random.fork_rng(devices=[]):
+                model = spec.build(config, DataInfo(**facts, text_encoder=made))
+            weights = load_file(self.folder / WEIGHTS)
+            model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+        except InputError:
+            raise
+        except Exception as error:  # the folder was edited, or the model is another by now
+            raise InputError(f"the model of {self.folder} cannot be made again: {one_line(error)}") from error
         return model.eval()
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -275,7 +279,7 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
     Raises:
         InputError: it is not the folder of a finished run.
     """
-    run = Run(Path(folder).expanduser(), tuple(plugins))
+    run = Run(Path(os.path.expanduser(folder)), tuple(plugins))
     if not finished(run.folder):
         raise InputError(
             f"{folder} is not the folder of a finished run: {FINISHED} or another file is missing or broken"
@@ -285,8 +289,11 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
 
 def finished(folder: Path) -> bool:
     """Whether a folder holds a finished run, with all that `Run` reads."""
+    run = Run(folder)
     try:
-        summary = json.loads((folder / FINISHED).read_text("utf-8"))
-        return "metrics" in summary and all((folder / name).stat().st_size for name in _READ)
-    except (OSError, ValueError, TypeError):
+        with safe_open(folder / WEIGHTS, "np"):  # checks the header and the file's length
+            tables = [*run.summary.get("artifacts", []), *(["predictions"] if run.summary["metrics"] else [])]
+        whole = all(isinstance(part, dict) for part in (run.settings, run.environment, run.summary["metrics"]))
+        return whole and all((folder / f"{name}.csv").is_file() for name in tables)
+    except (InputError, OSError, SafetensorError, AttributeError, KeyError, TypeError):
         return False

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from registry import DataInfo, InputError, TextEncoder
@@ -124,7 +125,8 @@ def network_from_state(state_dict: Mapping[str, Tensor], text_config: Mapping[st
         raise InputError(
             f"the checkpoint's text encoder is {translation.dims['text']} wide, the configuration says {encoder.width}"
         )
-    network = SelfMM(SelfMMConfig(**translation.config), data)
+    with torch.random.fork_rng(devices=[]):  # its first weights are random
+        network = SelfMM(SelfMMConfig(**translation.config), data)
     try:
         network.load_state_dict(translation.network)
     except RuntimeError as error:

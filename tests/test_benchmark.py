@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -460,6 +463,8 @@ def test_labels_and_text_features_are_asked_for(quick, tmp_path):
     [
         ({"dataset": "custom", "label_range": None}, "needs --label-range: 3 where labels lie between"),
         ({"dataset": "mosi", "label_range": 0}, "--label-range must be a positive number, got 0"),
+        ({"dataset": "mosi", "label_range": 1e39}, "--label-range must be a positive number, got 1e+39"),
+        ({"dataset": "mosi", "data": "~nobody_here/x.pkl"}, "~nobody_here/x.pkl does not exist"),
         ({"dataset": "demo", "data": "x.pkl"}, "'demo' makes its own data; leave out --data"),
         ({"dataset": "mosi", "data": None}, "'mosi' needs --data FILE"),
         ({"dataset": "custom", "label_range": 3, "text_encoder": None}, "'custom' needs --text-encoder: minilm"),
@@ -533,11 +538,107 @@ def test_numpy_and_random_are_seeded_too_and_left_as_they_were(quick, tmp_path):
 
 
 def test_threads_get_the_numbers_they_would_get_alone(quick, tmp_path):
+    noisy = "first = torch.rand(()); __import__('time').sleep(0.003); "
+    noisy += "return FusionOutput(self.linear(mean)[:, 0] + first + torch.rand(()))"
+    options = {"model": "mean", "plugins": [plugin(tmp_path, noisy)]}
     data = feature_file(tmp_path)
-    alone = {seed: weights(quick(data, seeds=[seed], runs="alone")) for seed in (1, 2)}
+    alone = [quick(data, seeds=[seed], runs="alone", **options).mean for seed in (1, 2)]
     with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda seed: quick(data, seeds=[seed], runs=f"t{seed}"), (1, 2)))
-    assert [weights(result) for result in together] == [alone[1], alone[2]]
+        together = list(pool.map(lambda seed: quick(data, seeds=[seed], runs=f"t{seed}", **options).mean, (1, 2)))
+    assert together == alone
+    assert alone[0] != alone[1]
+
+
+@contextmanager
+def default(what: str, value: object, normal: object):
+    setter = getattr(torch, f"set_default_{what}")
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(normal)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: default("dtype", torch.float64, torch.float32),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: default("device", "meta", None),
+    ],
+    ids=["inference_mode", "no_grad", "default dtype", "autocast", "default device"],
+)
+def test_what_the_caller_set_in_torch_changes_nothing(quick, setting):
+    plain = quick(runs="plain")
+    with setting():
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        under = quick(runs="under")
+        assert (torch.get_default_dtype(), torch.get_default_device()) == (dtype, device)
+    assert under.runs[0].status == "ok", under.runs[0].reason
+    assert weights(plain) == weights(under)
+
+
+def test_a_model_may_predict_in_bfloat16(quick, tmp_path):
+    file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0].bfloat16())")
+    run = quick(model="mean", plugins=[file]).runs[0]
+    assert run.status == "ok", run.reason
+
+
+HOOK = """
+import registry
+
+class Hook(registry.TrainingHook):
+    def __init__(self, labels):
+        super().__init__()
+        self.order = []
+        {init}
+
+    def observe(self, output, batch, epoch):
+        self.order += batch.index.tolist()
+
+    def artifacts(self):
+        return {artifacts}
+
+SPEC = registry.HookSpec(name="own", summary="", build=lambda config, train, dims: Hook(train.labels))
+"""
+
+
+def own_hook(folder: Path, init: str = "pass", artifacts: str = "{}") -> str:
+    (folder / "own.py").write_text(HOOK.format(init=init, artifacts=artifacts))
+    return str(folder / "own.py")
+
+
+def test_each_seed_has_an_order_of_its_own(quick, tmp_path):
+    file = own_hook(tmp_path, artifacts="{'order': {'row': self.order}}")
+    runs = quick(model="self_mm+own", plugins=[file], seeds=[1, 2, 3]).runs
+    orders = {tuple(load_run(run.folder).table("order")["row"][:8]) for run in runs}
+    assert len(orders) == 3
+    assert all(sorted(order) == list(range(8)) for order in orders)
+
+
+def test_a_hook_cannot_change_the_labels_of_the_training(quick, tmp_path):
+    (tmp_path / "silent").mkdir()
+    files = [own_hook(tmp_path, init="labels['M'].fill_(3.0)"), own_hook(tmp_path / "silent")]
+    history = [load_run(quick(model="self_mm+own", plugins=[file]).runs[0].folder).history for file in files]
+    assert history[0]["train_loss"].tolist() == history[1]["train_loss"].tolist()
+
+
+@pytest.mark.parametrize("table", ["{}", "{'a': []}"])
+def test_an_empty_table_of_a_hook_is_left_out(quick, tmp_path, table):
+    result = quick(model="self_mm+own", plugins=[own_hook(tmp_path, artifacts=f"{{'nothing': {table}}}")])
+    assert result.runs[0].status == "ok", result.runs[0].reason
+    assert artifact_tables(result, 10) == {}
+
+
+def test_a_run_that_is_damaged_is_trained_again(quick):
+    first = quick(seeds=[1, 2])
+    os.truncate(first.runs[0].folder / "environment.json", 10)
+    again = quick(seeds=[1, 2, 3])
+    assert [run.status for run in again.runs] == ["ok"] * 3
+    assert json.loads((first.runs[0].folder / "environment.json").read_text())
+    assert again.runs[0].metrics == first.runs[0].metrics
 
 
 def test_hints_about_data_and_epochs(quick, tmp_path, encoder):

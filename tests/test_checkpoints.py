@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from registry import InputError, load_run
 from registry.checkpoints import import_checkpoint
+from selfmm_plugin.upstream import network_from_state
 from tests.helpers import feature_file, write_features
 from tests.test_golden import Trace
 
@@ -95,6 +96,22 @@ def test_without_data_there_is_a_model_and_no_figure(tmp_path, state, place):
     assert not (run.folder / "predictions.csv").exists()
     model = load_run(run.folder, plugins=place["plugins"]).model
     assert torch.equal(model.fusion.layer_1.weight, state["Model.post_fusion_layer_1.weight"])
+
+
+def test_one_checkpoint_with_other_data_is_another_run(tmp_path, state, place):
+    path = save(tmp_path, state)
+    with_data = import_checkpoint("self_mm", path, "trace", **place)
+    without = import_checkpoint("self_mm", path, "trace", **{**place, "data": None})
+    assert without.folder != with_data.folder
+    assert load_run(with_data.folder).metrics == with_data.metrics
+    assert import_checkpoint("self_mm", path, "trace", **place).folder == with_data.folder
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path, state, place, trace):
+    before = torch.get_rng_state()
+    import_checkpoint("self_mm", save(tmp_path, state), "trace", **place)
+    network_from_state(state, trace.text_config)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

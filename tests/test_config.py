@@ -155,6 +155,7 @@ def test_a_runs_own_file_brings_its_preset(tmp_path):
         ("broken.json", "{", "broken.json is not JSON"),
         ("broken.toml", "a = = 1", "broken.toml is not TOML"),
         ("list.json", "[1]", "must hold a table of keys, got a list"),
+        ("run.json", '{"preset": 7, "config": {}}', "run.json: 'preset' must be text, got 7"),
         ("config.yaml", "a: 1", "must end in .json or .toml"),
     ],
 )

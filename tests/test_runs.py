@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import registry
 from registry import BenchmarkError, InputError, Training, load_run
@@ -139,14 +139,29 @@ def finish(folder: Path) -> None:
     (folder / "metrics.json").write_text('{"metrics": {}}')
     (folder / "config.json").write_text("{}")
     (folder / "environment.json").write_text("{}")
-    (folder / "model.safetensors").write_text("x")
+    save_file({"x": torch.zeros(100)}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "null", ""])
-def test_a_run_with_a_broken_file_is_not_finished(tmp_path, content):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("metrics.json", content) for content in ("{", "{}", "null", "", '{"metrics": null}')),
+        *(("config.json", content) for content in ("{", "[]", "")),
+        *(("environment.json", content) for content in ("{", "[]", "")),
+        ("metrics.json", '{"metrics": {}, "artifacts": ["absent"]}'),
+        ("metrics.json", '{"metrics": {"MAE": 1.0}}'),  # without predictions
+        ("model.safetensors", ""),
+        ("model.safetensors", "x" * 50),
+        ("model.safetensors", None),
+    ],
+)
+def test_a_run_with_a_broken_file_is_not_finished(tmp_path, name, content):
     finish(tmp_path)
     assert finished(tmp_path)
-    (tmp_path / "metrics.json").write_text(content)
+    if content is None:
+        os.truncate(tmp_path / name, 300)
+    else:
+        (tmp_path / name).write_text(content)
     assert not finished(tmp_path)
     with pytest.raises(InputError, match="is not the folder of a finished run"):
         load_run(tmp_path)
@@ -157,6 +172,22 @@ def test_a_run_that_lacks_a_file_is_not_finished(tmp_path, name):
     finish(tmp_path)
     (tmp_path / name).unlink()
     assert not finished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data": {}}, "KeyError"),
+        ({"text_encoder": {"config": {"model_type": "nonsense"}, "name": ""}}, "KeyError"),
+        ({"config": {"post_fusion_dim": 7}}, "RuntimeError: .*size mismatch"),
+    ],
+)
+def test_a_model_that_cannot_be_made_again_says_why(trained, tmp_path, change, reason):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(InputError, match=f"the model of .*run cannot be made again: {reason}"):
+        _ = load_run(folder).model
 
 
 def test_a_table_that_is_not_there(tmp_path):
@@ -200,6 +231,20 @@ def test_a_new_run_replaces_an_old_one_as_a_whole(tmp_path):
     assert os.listdir(tmp_path) == ["run"]
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_what_is_no_folder_is_replaced_too(tmp_path, kind):
+    elsewhere = tmp_path / "elsewhere"
+    if kind == "link":
+        elsewhere.mkdir()
+        (elsewhere / "kept").touch()
+    (tmp_path / "run").touch() if kind == "file" else (tmp_path / "run").symlink_to(elsewhere)
+    with writing(tmp_path / "run") as temporary:
+        (temporary / "new").touch()
+    assert os.listdir(tmp_path / "run") == ["new"]
+    assert set(os.listdir(tmp_path)) == {"run"} | ({"elsewhere"} if kind == "link" else set())
+    assert kind != "link" or os.listdir(elsewhere) == ["kept"]
+
+
 def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
     for name in (".run.old", ".run.ab12cd34", ".run.ab12cd34.old"):
         (tmp_path / name).mkdir()
@@ -225,7 +270,8 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_the_hash_depends_on_what_changes_a_result_and_on_nothing_else(tmp_path, encoder):
     def hash_of(data: Path, text_encoder: Path | str = encoder, **options) -> str:
-        plan = make_plan("self_mm", options.pop("dataset", "custom"), label_range=3.0, **options)
+        arguments = {"model": "self_mm", "dataset": "custom", "label_range": 3.0, **options}
+        plan = make_plan(**arguments)
         return plan.read(data, str(text_encoder), Watcher()).identity()
 
     data = feature_file(tmp_path)
@@ -242,8 +288,27 @@ def test_the_hash_depends_on_what_changes_a_result_and_on_nothing_else(tmp_path,
         hash_of(other),
         hash_of(data, config={"batch_size": 5}),
         hash_of(data, config={"hook.distance": "cosine"}),
+        hash_of(data, label_range=4.0),
     ]
-    assert len({first, *changed}) == 4
+    assert len({first, *changed}) == 1 + len(changed)
+
+
+def test_the_metrics_and_the_hooks_version_are_in_the_hash(tmp_path, encoder):
+    def hash_of(metrics: str, version: str) -> str:
+        facts = tmp_path / "facts.py"
+        facts.write_text(
+            "from registry import DatasetSpec, HookSpec, TrainingHook\n"
+            f"SIX = DatasetSpec(name='six', summary='', label_range=3.0, metrics={metrics!r})\n"
+        )
+        hook = tmp_path / "noop.py"
+        hook.write_text(
+            "from registry import HookSpec, TrainingHook\n"
+            f"NOOP = HookSpec(name='noop', summary='', build=None, version={version!r})\n"
+        )
+        plan = make_plan("self_mm+noop", "six", plugins=[str(facts), str(hook)])
+        return plan.read(feature_file(tmp_path), str(encoder), Watcher()).identity()
+
+    assert len({hash_of("mosi", "1"), hash_of("sims", "1"), hash_of("mosi", "2")}) == 3
 
 
 def test_the_hash_is_stable():

@@ -212,8 +212,21 @@ def test_without_raw_text_only_the_default_encoder_will_do(tmp_path, minilm):
     assert "could not be checked" in notes[0]
     with pytest.raises(InputError, match="pass --text-encoder bert-base-uncased"):
         tokenise(file, minilm, default_encoder="bert-base-uncased")
-    with pytest.raises(InputError, match="add raw_text"):
-        tokenise(file, minilm, default_encoder=None)
+    folder = replace(minilm, name="/models/minilm/")
+    assert "could not be checked" in tokenise(file, folder, default_encoder="hub/minilm")[1][0]
+
+
+def test_without_raw_text_and_a_default_the_special_tokens_must_be_the_encoders(tmp_path, minilm):
+    file = read(feature_file(tmp_path, raw_text=None))
+    tokens, notes = tokenise(file, minilm, default_encoder=None)
+    assert tokens["train"] is file.splits["train"].text_bert
+    assert notes == ["text_bert could not be checked without raw_text: taken as ids of minilm"]
+    for place in (0, -1):  # [CLS], [SEP]
+        ids = file.splits["test"].text_bert.copy()
+        ids[2, 0, 0 if place == 0 else ids[2, 1].sum() - 1] = 2001
+        other = feature_file(tmp_path, raw_text=None, test={"text_bert": ids})
+        with pytest.raises(InputError, match="add raw_text"):
+            tokenise(read(other), minilm, default_encoder=None)
 
 
 def test_ids_that_the_model_does_not_know_are_never_fed(tmp_path, minilm):

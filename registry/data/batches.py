@@ -105,10 +105,10 @@ def forward(model: nn.Module, split: Split, rows: Tensor, chunk: int) -> FusionO
 
 @torch.no_grad()
 def predict(model: nn.Module, split: Split) -> Tensor:
-    """Return the predictions (N) of a whole split, in evaluation mode, in the file's order."""
+    """Return the predictions (N) of a whole split, float32, in evaluation mode, in the file's order."""
     model.eval()
     chunk = 256 if split.device.type == "cuda" else 32
-    return forward(model, split, torch.arange(len(split)), chunk).prediction
+    return forward(model, split, torch.arange(len(split)), chunk).prediction.float()
 
 
 @dataclass(frozen=True)

