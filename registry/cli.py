@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -183,7 +184,10 @@ def _show_result(result: Result) -> None:
     from .tables import artifact_tables, result_table
 
     if result.ok:
-        _print_table(f"{result.model} on {result.dataset}, test split", result_table(result))
+        rows = result_table(result)
+        if result.std is not None and out.is_terminal and _table(rows)[1] > out.width:
+            rows = [{key: value for key, value in row.items() if not key.startswith("seed ")} for row in rows]
+        _print_table(f"{result.model} on {result.dataset}, test split", rows)
         for name, value in result.protocol.items():
             out.print(f"{name}: {escape(value)}", highlight=False, soft_wrap=True)
         for name, table in artifact_tables(result, SMALL_TABLE).items():
@@ -194,14 +198,26 @@ def _show_result(result: Result) -> None:
 
 
 def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
-    table = Table()
+    table, width = _table(rows)
+    out.print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)  # a table's own would be cut to its width
+    table.width = width if width > out.width else None
+    out.print(table, crop=False)
+
+
+def _table(rows: Sequence[dict[str, str]]) -> tuple[Table, int]:
+    """Return a table whose names and figures are never broken, and the columns of text it takes at least."""
+    table, width = Table(), 1
     for number, column in enumerate(rows[0]):
-        figures = number > 0 and all(row[column][:1] in "-0123456789" for row in rows)
-        table.add_column(escape(column), justify="right" if figures else "left", no_wrap=number == 0)
+        cells = [row[column] for row in rows]
+        figures = number > 0 and all(cell[:1] in "-0123456789" for cell in cells)
+        unbroken = cells if figures or number == 0 else [word for cell in cells for word in cell.split()]
+        widest = max(map(len, [*unbroken, *column.split()]))
+        header = "\n".join(textwrap.wrap(column, widest))
+        table.add_column(escape(header), justify="right" if figures else "left", no_wrap=figures or number == 0)
+        width += widest + 3
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
-    out.print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)  # a table's own would be cut to its width
-    out.print(table)
+    return table, width
 
 
 @app.command("list")

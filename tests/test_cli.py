@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from registry import cli
 from registry.errors import InputError
@@ -62,6 +64,18 @@ def test_several_seeds_and_their_mean(benchmark, command, empty_folder):
     for word in ("seed 1", "seed 2", "seed 5", "seed 9", "mean ± sd"):
         assert word in out
     assert out.count("run folder: ") == 4
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_figures_are_whole_however_narrow_the_window(benchmark, command, empty_folder, monkeypatch, is_terminal):
+    """A terminal that is too narrow for every seed shows the mean; a pipe has room."""
+    monkeypatch.setattr(cli, "out", Console(width=30, force_terminal=is_terminal, no_color=True))
+    code, out, _ = benchmark(*command, "--seeds", "1-2")
+    (mae,) = (line for line in out.splitlines() if "MAE " in line)
+    figures = re.findall(r"\d\.\d{4}", mae)
+    assert code == 0
+    assert "…" not in out
+    assert len(figures) == (2 if is_terminal else 4)
 
 
 def test_json_and_nothing_else(benchmark, command, empty_folder):
