@@ -185,7 +185,7 @@ def _show_result(result: Result) -> None:
 
     if result.ok:
         rows = result_table(result)
-        if result.std is not None and out.is_terminal and _table(rows)[1] > out.width:
+        if result.std is not None and out.is_terminal and _table(rows, fold=True)[1] > out.width:
             rows = [{key: value for key, value in row.items() if not key.startswith("seed ")} for row in rows]
         _print_table(f"{result.model} on {result.dataset}, test split", rows)
         for name, value in result.protocol.items():
@@ -198,20 +198,22 @@ def _show_result(result: Result) -> None:
 
 
 def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
-    table, width = _table(rows)
+    table, width = _table(rows, fold=False)
+    if width > out.width:
+        table, width = _table(rows, fold=True)
     out.print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)  # a table's own would be cut to its width
     table.width = width if width > out.width else None
     out.print(table, crop=False)
 
 
-def _table(rows: Sequence[dict[str, str]]) -> tuple[Table, int]:
-    """Return a table whose names and figures are never broken, and the columns of text it takes at least."""
+def _table(rows: Sequence[dict[str, str]], *, fold: bool) -> tuple[Table, int]:
+    """Return a table whose names and figures are never broken, its headers if `fold`, and the width it needs."""
     table, width = Table(), 1
     for number, column in enumerate(rows[0]):
         cells = [row[column] for row in rows]
         figures = number > 0 and all(cell[:1] in "-0123456789" for cell in cells)
         unbroken = cells if figures or number == 0 else [word for cell in cells for word in cell.split()]
-        widest = max(map(len, [*unbroken, *column.split()]))
+        widest = max(map(len, [*unbroken, *(column.split() if fold else [column])]))
         header = "\n".join(textwrap.wrap(column, widest))
         table.add_column(escape(header), justify="right" if figures else "left", no_wrap=figures or number == 0)
         width += widest + 3
