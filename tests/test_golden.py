@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from registry import Batch, DataInfo, FusionOutput, TextEncoder, Training, TrainingData, TrainingHook
-from registry.data.batches import Group, Split, forward
+from registry.data.batches import Split, forward
 from registry.data.feature_file import SplitArrays
-from registry.training import _Step, make_optimizer
+from registry.training import Epoch, Watcher, train
 from selfmm_plugin.network import SelfMM, SelfMMConfig
 from selfmm_plugin.supervision import UlgmConfig, UlgmHook
 from selfmm_plugin.ulgm import UnimodalLabelGenerator
@@ -82,11 +82,23 @@ class Trace:
         hook.supervision.heads.load_state_dict(start.heads)
         return model, hook, config
 
-    def groups(self, epoch: int) -> list[Group]:
-        micro = torch.from_numpy(self.arrays["order"][epoch]).long().split(self.meta["batch_size"])
-        size = self.meta["update_epochs"]
-        members = [micro[start : start + size] for start in range(0, len(micro), size)]
-        return [Group(m, step=len(m) == size) for m in members]
+    def train(
+        self, monkeypatch: pytest.MonkeyPatch, watcher: Watcher, *, per_sample: bool, device: torch.device = CPU
+    ) -> None:
+        """Train with the registry's loop, in the trace's order; `watcher` gets the model and the hook beforehand."""
+        model, ulgm, config = self.build()
+        watcher.model, watcher.ulgm = model.to(device), ulgm.to(device)  # type: ignore[attr-defined]
+        orders = iter(torch.from_numpy(self.arrays["order"]).long())
+        monkeypatch.setattr(torch, "randperm", lambda n, generator: next(orders))
+        hooks = {"ulgm": ulgm, "recorder": Recorder(self, ulgm)} if device == CPU else {"ulgm": ulgm}
+        splits = {name: self.split(train=name == "train", device=device) for name in ("train", "valid")}
+        options = {"per_sample": per_sample, "generator": torch.Generator(), "watcher": watcher}
+        train(
+            model, hooks, config.model_copy(update={"epochs": self.meta["epochs"], "early_stop": 99}), splits, **options
+        )
+        if device == CPU:
+            recorder = hooks["recorder"]
+            assert recorder.step == recorder.losses == len(self.arrays["loss_MTAV"])
 
 
 class Recorder(TrainingHook):
@@ -122,34 +134,45 @@ class Recorder(TrainingHook):
         self.step += 1
 
 
-@pytest.mark.parametrize("name", TRACES)
-@pytest.mark.parametrize("per_sample", [True, False], ids=["whole groups", "micro-batches"])
-def test_training_follows_the_trace(name: str, per_sample: bool) -> None:
-    trace = Trace(name)
-    model, ulgm, config = trace.build()
-    recorder = Recorder(trace, ulgm)
-    optimizer = make_optimizer(model, [ulgm, recorder], config)
-    step = _Step(model, [ulgm, recorder], config, trace.split(train=True), optimizer, per_sample)
-    for epoch in range(1, trace.meta["epochs"] + 1):
-        model.train()
-        for group in trace.groups(epoch - 1):
-            step(group, epoch)
-        expected = translate(trace.weights(f"epoch{epoch}/params/"))
+class Follower(Watcher):
+    """Compares the weights after every epoch with the trace's, and the predictions after the last."""
+
+    model: SelfMM
+    ulgm: UlgmHook
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.epochs = trace, 0
+
+    def epoch(self, record: Epoch) -> None:
+        self.epochs += 1
+        expected = translate(self.trace.weights(f"epoch{record.epoch}/params/"))
         for state, wanted in (
-            (model.state_dict(), expected.network),
-            (ulgm.supervision.heads.state_dict(), expected.heads),
+            (self.model.state_dict(), expected.network),
+            (self.ulgm.supervision.heads.state_dict(), expected.heads),
         ):
             assert state.keys() == wanted.keys()
-            for weight in state:
-                np.testing.assert_allclose(state[weight], wanted[weight], atol=1e-5, err_msg=f"{epoch} {weight}")
-    assert recorder.step == recorder.losses == len(trace.arrays["loss_MTAV"])
+            for name in state:
+                np.testing.assert_allclose(state[name], wanted[name], atol=1e-5, err_msg=f"{record.epoch} {name}")
+        if record.epoch == self.trace.meta["epochs"]:
+            self.predict()
 
-    model.eval()
-    with torch.no_grad():
-        output = forward(model, trace.split(train=False), torch.arange(len(trace.labels)), chunk=7)
-        predictions = {"M": output.prediction, **ulgm.supervision.predict(output.features)}
-    for task, name in zip("MTAV", ("M", "text", "audio", "vision"), strict=True):
-        np.testing.assert_allclose(predictions[name], trace.arrays[f"final_eval/{task}"], atol=1e-5)
+    @torch.no_grad()
+    def predict(self) -> None:
+        self.ulgm.eval()
+        clips = torch.arange(len(self.trace.labels))
+        output = forward(self.model, self.trace.split(train=False), clips, chunk=7)
+        predictions = {"M": output.prediction, **self.ulgm.supervision.predict(output.features)}
+        for task, name in zip("MTAV", ("M", "text", "audio", "vision"), strict=True):
+            np.testing.assert_allclose(predictions[name], self.trace.arrays[f"final_eval/{task}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("per_sample", [True, False], ids=["whole groups", "micro-batches"])
+def test_training_follows_the_trace(name: str, per_sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace(name)
+    follower = Follower(trace)
+    trace.train(monkeypatch, follower, per_sample=per_sample)
+    assert follower.epochs == trace.meta["epochs"]
 
 
 @pytest.mark.parametrize("name", TRACES)

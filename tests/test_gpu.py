@@ -8,34 +8,42 @@ import torch
 
 import registry
 from registry.data.batches import predict
-from registry.training import _Step, make_optimizer
+from registry.training import Epoch, Watcher
 from selfmm_plugin import UnimodalLabelGenerator, UnimodalSupervision
 from selfmm_plugin.upstream import translate
 from tests.helpers import feature_file
 from tests.test_golden import TRACES, Trace
 
+CUDA = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 
+class LastEpoch(Watcher):
+    """Compares weights and predictions after the last epoch with the trace's."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.compared = trace, False
+
+    def epoch(self, record: Epoch) -> None:
+        if record.epoch == self.trace.meta["epochs"]:
+            expected = translate(self.trace.weights(f"epoch{record.epoch}/params/")).network
+            for weight, values in self.model.state_dict().items():
+                np.testing.assert_allclose(values.cpu(), expected[weight], atol=1e-4, err_msg=weight)
+            found = predict(self.model, self.trace.split(train=False, device=CUDA)).cpu()
+            np.testing.assert_allclose(found, self.trace.arrays["final_eval/M"], atol=1e-4)
+            self.compared = True
+
+
 @pytest.mark.parametrize("name", TRACES)
 def test_training_follows_the_trace_on_a_gpu(name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as `registry.run` trains
-    trace, device = Trace(name), torch.device("cuda")
-    model, ulgm, config = trace.build()
-    model, ulgm, split = model.to(device), ulgm.to(device), trace.split(train=True, device=device)
-    step = _Step(model, [ulgm], config, split, make_optimizer(model, [ulgm], config), per_sample=True)
-    for epoch in range(1, trace.meta["epochs"] + 1):
-        model.train()
-        for group in trace.groups(epoch - 1):
-            step(group, epoch)
-    expected = translate(trace.weights(f"epoch{trace.meta['epochs']}/params/")).network
-    for weight, values in model.state_dict().items():
-        np.testing.assert_allclose(values.cpu(), expected[weight], atol=1e-4, err_msg=weight)
-    found = predict(model, trace.split(train=False, device=device)).cpu()
-    np.testing.assert_allclose(found, trace.arrays["final_eval/M"], atol=1e-4)
+    trace = Trace(name)
+    watcher = LastEpoch(trace)
+    trace.train(monkeypatch, watcher, per_sample=True, device=CUDA)
+    assert watcher.compared
 
 
 def test_a_loss_that_is_not_observed_does_not_shift_the_others():
