@@ -10,7 +10,7 @@ text_segments` it gives (B, L, width). B is the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -69,20 +69,7 @@ class DataInfo:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Indexing by row for a dataclass of tensors and dicts of tensors."""
-
-    def __getitem__(self, rows: slice | Tensor) -> Any:
-        def pick(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value[rows] if value.dim() else value
-            return {k: pick(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-        return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self)})
-
-
-@dataclass(frozen=True)
-class Batch(_Rows):
+class Batch:
     """Some clips of one split, padded to the longest of them; a modality that the data lacks is None.
 
     Outside training `labels` is empty and `index` is -1, so that a model cannot peek.
@@ -116,7 +103,7 @@ class Batch(_Rows):
 
 
 @dataclass(frozen=True)
-class FusionOutput(_Rows):
+class FusionOutput:
     """What a model returns."""
 
     prediction: Tensor
@@ -127,6 +114,15 @@ class FusionOutput(_Rows):
     """(B) each: unimodal sentiment, where the model predicts it itself"""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """scalars that are added to the training loss"""
+
+    def __getitem__(self, rows: slice | Tensor) -> FusionOutput:
+        """Return the output of some clips; `losses` are batch-level and stay."""
+        return FusionOutput(
+            prediction=self.prediction[rows],
+            features={name: values[rows] for name, values in self.features.items()},
+            unimodal={name: values[rows] for name, values in self.unimodal.items()},
+            losses=self.losses,
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[FusionOutput]) -> FusionOutput:

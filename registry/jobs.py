@@ -18,7 +18,7 @@ import torch
 
 from .config import RunConfig, resolve
 from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
-from .data.batches import Split
+from .data.batches import Split, arrays_of
 from .data.feature_file import FeatureFile, read_feature_file
 from .data.text import TextEncoder, find_text_encoder, tokenise
 from .errors import InputError
@@ -76,31 +76,18 @@ class Plan:
 
     def read(self, path: str | Path | None, text_encoder: str | None, watcher: Watcher) -> Job:
         """Read the feature file, check it against what the model needs, and tokenise its text."""
-        if self.dataset.generate and path is not None:
-            raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
-        if not self.dataset.generate and path is None:
-            raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
-        path = None if path is None else Path(os.path.expanduser(path))
-        if path is not None and not path.is_file():  # said before an encoder is fetched
-            raise InputError(f"{path} is a folder, expected a file" if path.is_dir() else f"{path} does not exist")
+        place = self._place(path)
         encoder = self.find_encoder(text_encoder)
-        file = (
-            read_feature_file(path, label_range=self.label_range, known_sha256=self.dataset.sha256)
-            if path is not None
-            else self.dataset.generate()  # type: ignore[misc]
-        )
+        if place is not None:
+            file = read_feature_file(place, label_range=self.label_range, known_sha256=self.dataset.sha256)
+        else:
+            file = self.dataset.generate()  # type: ignore[misc]
         _check_needs(self, file)
-        notes, tokens = list(file.notes), None
-        for name, published in self.dataset.splits.items():
-            if (clips := len(file.splits[name].ids)) != published:
-                notes.append(f"{file.name} has {clips} {name} clips, {self.dataset.name} as published has {published}")
-        arrays = file.splits["train"]
-        read = [need.removesuffix("_features") for need in self.needs if need in ("text_features", "audio", "vision")]
+        notes = [*file.notes, *_oddities(self, file)]
+        arrays, tokens = file.splits["train"], None
+        read = arrays_of(self.needs)
         dims = {name: getattr(arrays, name).shape[2] for name in read}
         lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in read}
-        notes += [
-            f"{name} says nothing: train has one value throughout" for name in read if not np.ptp(getattr(arrays, name))
-        ]
         if encoder:
             default = self.dataset.text_encoder
             tokens, more = tokenise(file, encoder, default_encoder=default, keep_alignment="alignment" in self.needs)
@@ -120,6 +107,19 @@ class Plan:
             text_encoder=encoder,
         )
         return Job(self, info, file, tokens)
+
+    def _place(self, path: str | Path | None) -> Path | None:
+        """Return where the feature file lies, None where the dataset makes its own data."""
+        if self.dataset.generate and path is not None:
+            raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
+        if self.dataset.generate:
+            return None
+        if path is None:
+            raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
+        place = Path(os.path.expanduser(path))
+        if not place.is_file():  # said before an encoder is fetched
+            raise InputError(f"{place} is a folder, expected a file" if place.is_dir() else f"{place} does not exist")
+        return place
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,20 @@ def make_plan(
     ]
     sources = {entry.name: entry.source_sha256 for entry in entries}
     return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit), versions, sources)
+
+
+def _oddities(plan: Plan, file: FeatureFile) -> list[str]:
+    """Return what is no fault, and yet may not be meant: other sizes than published, a modality that says nothing."""
+    published = plan.dataset.splits.items()
+    found = [(name, len(file.splits[name].ids), size) for name, size in published]
+    notes = [
+        f"{file.name} has {clips} {name} clips, {plan.dataset.name} as published has {size}"
+        for name, clips, size in found
+        if clips != size
+    ]
+    train = file.splits["train"]
+    silent = [name for name in arrays_of(plan.needs) if not np.ptp(getattr(train, name))]
+    return notes + [f"{name} says nothing: train has one value throughout" for name in silent]
 
 
 def _check_needs(plan: Plan, file: FeatureFile) -> None:

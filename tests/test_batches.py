@@ -56,13 +56,6 @@ def test_padding_on_the_left_is_kept(arrays):
     np.testing.assert_array_equal(batch.text_mask, tokens[:2, 1])
 
 
-def test_a_slice_of_a_batch_is_the_batch_of_those_rows(split):
-    part = split.batch(torch.arange(6))[2:4]
-    assert part.index.tolist() == [2, 3]
-    assert part.labels["M"].shape == (2,)
-    assert len(part) == len(part.audio) == 2
-
-
 @pytest.mark.parametrize("steps", [9, 7])
 def test_text_features_where_they_are_asked_for(tmp_path, steps):
     """They are trimmed where they are of the tokens of `text_bert`."""

@@ -16,6 +16,11 @@ from registry.errors import RunFailed
 from .feature_file import SplitArrays
 
 
+def arrays_of(needs: Sequence[str]) -> list[str]:
+    """Return the arrays of a split, `"text"` (features), `"audio"` and `"vision"`, that a model's needs ask for."""
+    return [need.removesuffix("_features") for need in needs if need in ("text_features", "audio", "vision")]
+
+
 class Split:
     """One split of a feature file on a device.
 
@@ -43,7 +48,7 @@ class Split:
         self.device = device
         self.labels = {task: torch.from_numpy(values).to(device) for task, values in arrays.labels.items()}
         self._tokens = None if tokens is None else put(tokens)
-        given = {need.removesuffix("_features") for need in needs if need in ("audio", "vision", "text_features")}
+        given = arrays_of(needs)
         sequences = {name: getattr(arrays, name) for name in given}
         lengths = {name: getattr(arrays, f"{name}_lengths") for name in given}
         self._sequences = {name: put(array) for name, array in sequences.items() if array is not None}
