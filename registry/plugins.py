@@ -198,16 +198,16 @@ def _module_sha256(module: ModuleType) -> str:
     """
     package = sys.modules.get(module.__name__.partition(".")[0], module)
     if hasattr(package, "__path__"):
-        files = [path for folder in package.__path__ for path in Path(folder).rglob("*.py")]
-    elif file := getattr(module, "__file__", None):
-        files = [Path(file)]
-    else:
+        files = [(folder, path) for folder in package.__path__ for path in Path(folder).rglob("*.py")]
+        return _hash({str(path.relative_to(folder)): path.read_bytes() for folder, path in files if path.is_file()})
+    file = getattr(module, "__file__", None)
+    if file is None:
         return secrets.token_hex(6)
-    return _hash({str(path): path.read_bytes() for path in files if path.is_file()})
+    return _hash({"": Path(file).read_bytes()} if Path(file).is_file() else {})
 
 
 def _hash(sources: Mapping[str, bytes]) -> str:
-    parts = (hashlib.sha256(sources[name]).hexdigest() for name in sorted(sources))
+    parts = (name + hashlib.sha256(sources[name]).hexdigest() for name in sorted(sources))
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
@@ -275,6 +275,7 @@ def _import_file(path: Path) -> tuple[ModuleType, str]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.dont_write_bytecode = True  # it is told apart by the second only
+    importlib.invalidate_caches()
     try:
         with _on_path(str(path.resolve().parent)):
             exec(compile(sources[""][1], path, "exec"), module.__dict__)
