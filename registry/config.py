@@ -99,11 +99,16 @@ def derived_keys(spec: ModelSpec, hook: HookSpec, config: Config | None) -> froz
     return frozenset(spec.hook_config(config)) & hook.config.model_fields.keys()
 
 
-def _example(spec: ModelSpec) -> Config | None:
-    """Return a config of a model as its defaults or one of its presets have it; None where a key is always open."""
-    presets = (values for by_dataset in spec.presets.values() for values in by_dataset.values())
-    found = (_validate(config_class(spec), values, "", []) for values in ({}, *presets))
-    return next((config for config in found if config is not None), None)
+def _example(spec: ModelSpec, layers: Sequence[Mapping[str, Any]] = ()) -> Config | None:
+    """Return a config of the model's own keys: of these layers or, where they do not fit, its defaults or a preset."""
+    whole = config_class(spec)
+    presets = [[values] for by_dataset in spec.presets.values() for values in by_dataset.values()]
+    for tried in (layers, [], *presets):
+        own = _gather(tried, {"": whole.model_fields}, [])
+        config = _validate(whole, _assemble(whole.model_fields, own), "", [])
+        if config is not None:
+            return config
+    return None
 
 
 def _settle(
@@ -112,7 +117,7 @@ def _settle(
     whole = config_class(spec)
     own = whole.model_fields
     # Which keys of its hooks a model derives is known of a config only, so its own keys are read first.
-    example = _validate(whole, _assemble(own, _gather(layers, {"": own}, [])), "", []) or _example(spec)
+    example = _example(spec, layers)
     derived_by_hook = {hook.name: derived_keys(spec, hook, example) for hook in hooks}
     settable: dict[str, dict[str, FieldInfo]] = {}
     for hook in hooks:

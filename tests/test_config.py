@@ -270,7 +270,7 @@ def open_spec(**presets) -> ModelSpec:
 
 
 def test_a_key_without_a_default_comes_from_a_preset_or_the_user():
-    spec = open_spec(own={"mosi": {"width": 7}})
+    spec = open_spec(own={"mosi": {"width": 7, "hook.distance": "cosine"}})
     assert settle(spec=spec).hooks["ulgm"].head_dims == {"text": 7}
     rows = {row.key: row.default for row in describe(spec, [ULGM])}
     assert rows["width"] == "must be set"
