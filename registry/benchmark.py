@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import operator
 import os
-import random
 import re
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from torch import nn
 from .contract import TrainingData, TrainingHook
 from .data.batches import Split, predict
 from .errors import BenchmarkError, InputError, RunFailed, one_line
+from .isolation import isolated
 from .jobs import Job, make_plan
 from .metrics import regression
 from .plugins import NAME
@@ -158,8 +157,7 @@ def run(
         else:
             history: list[Epoch] = []
             try:
-                with _ONE_AT_A_TIME:
-                    _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history)
+                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history)
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
@@ -205,10 +203,6 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-_ONE_AT_A_TIME = threading.Lock()
-"""Torch's random numbers are the whole process's: threads that trained at once would get one another's."""
-
-
 def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     try:
         checked = [operator.index(seed) for seed in seeds]
@@ -217,33 +211,6 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     if not checked or len(set(checked)) != len(checked) or not all(0 <= seed < 2**32 for seed in checked):
         raise InputError(f"seeds must be whole numbers from 0 to 2³²−1, at least one and each once, got {seeds}")
     return checked
-
-
-@contextmanager
-def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch, numpy and `random`, set aside what the caller set in torch, and leave all as it was."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    default_dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
-    with ExitStack() as stack:
-        stack.callback(random.setstate, python_state)
-        stack.callback(np.random.set_state, numpy_state)
-        stack.callback(torch.set_default_dtype, default_dtype)
-        torch.set_default_dtype(torch.float32)
-        if default_device.type != "cpu":
-            stack.callback(torch.set_default_device, default_device)
-            torch.set_default_device(None)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        # cuDNN's LSTMs would round to TF32.
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        yield
 
 
 def _train_seed(
@@ -323,7 +290,7 @@ def _artifacts(hooks: Mapping[str, TrainingHook], train_ids: Sequence[str]) -> d
     for hook in hooks.values():
         for name, columns in hook.artifacts().items():
             table = pd.DataFrame(columns)
-            if table.empty:
+            if table.empty:  # a file without a row could not be read again
                 continue
             if "index" in table:
                 table["index"] = np.array(train_ids, dtype=object)[table["index"]]

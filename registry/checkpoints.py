@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .benchmark import evaluate, isolated
+from .benchmark import evaluate
 from .contract import DataInfo, TrainingData
 from .data.feature_file import file_sha256
 from .errors import InputError
+from .isolation import isolated
 from .jobs import Job, make_plan
 from .plugins import Plugins
 from .runs import Run, environment, load_run, write_run

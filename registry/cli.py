@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -213,9 +214,14 @@ def _table(rows: Sequence[dict[str, str]], *, fold: bool) -> tuple[Table, int]:
         cells = [row[column] for row in rows]
         figures = number > 0 and all(cell[:1] in "-0123456789" for cell in cells)
         unbroken = cells if figures or number == 0 else [word for cell in cells for word in cell.split()]
-        widest = max(map(len, [*unbroken, *(column.split() if fold else [column])]))
+        widest = max(map(cell_len, [*unbroken, *(column.split() if fold else [column])]))
         header = "\n".join(textwrap.wrap(column, widest))
-        table.add_column(escape(header), justify="right" if figures else "left", no_wrap=figures or number == 0)
+        table.add_column(
+            escape(header),
+            justify="right" if figures else "left",
+            no_wrap=figures or number == 0,
+            min_width=widest,
+        )
         width += widest + 3
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))

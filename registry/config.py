@@ -82,13 +82,17 @@ def resolve(
     """
     file_values, file_preset = _read_file(file) if file else ({}, None)
     name, preset_values = _preset(spec, dataset, preset or file_preset)
-    chosen = _settle(spec, hooks, name, [preset_values, defaults or {}, file_values, overrides or {}])
+    chosen, given = _settle(spec, hooks, name, [preset_values, defaults or {}, file_values, overrides or {}])
+    classes = [("", config_class(spec)), *((HOOK, hook.config) for hook in hooks)]
+    required = {prefix + key for prefix, cls in classes for key, info in cls.model_fields.items() if info.is_required()}
+    required -= preset_values.keys()
+    try:
+        open_keys = {key: value for key, value in given.items() if key in required}
+        before = _settle(spec, hooks, name, [preset_values, defaults or {}, open_keys])[0].as_dict()
+    except InputError:  # what is required does not fit what else is there by default
+        before = {}
     values = chosen.as_dict()
-    own = [("", config_class(spec)), *((HOOK, hook.config) for hook in hooks)]
-    open_keys = {prefix + key for prefix, cls in own for key, info in cls.model_fields.items() if info.is_required()}
-    required = {key: value for key, value in values.items() if key in open_keys and key not in preset_values}
-    before = _settle(spec, hooks, name, [preset_values, defaults or {}, required]).as_dict()
-    changed = {key: value for key, value in values.items() if before[key] != value or key in required}
+    changed = {k: v for k, v in values.items() if k in required or k not in before or before[k] != v}
     return replace(chosen, changed=changed)
 
 
@@ -113,7 +117,8 @@ def _example(spec: ModelSpec, layers: Sequence[Mapping[str, Any]] = ()) -> Confi
 
 def _settle(
     spec: ModelSpec, hooks: Sequence[HookSpec], preset: str | None, layers: Sequence[Mapping[str, Any]]
-) -> RunConfig:
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the configuration and the values that were given for it."""
     whole = config_class(spec)
     own = whole.model_fields
     # Which keys of its hooks a model derives is known of a config only, so its own keys are read first.
@@ -126,7 +131,8 @@ def _settle(
             raise InputError(f"hook {hook.name!r} has keys of another hook: {', '.join(sorted(shared))}")
         settable[hook.name] = keys
     faults: list[str] = []
-    fields = {"": own, HOOK: {key: info for keys in settable.values() for key, info in keys.items()}}
+    of_hooks = {key: info for keys in settable.values() for key, info in keys.items()}
+    fields = {"": own, HOOK: of_hooks} if hooks else {"": own}
     values = _gather(layers, fields, faults)
     model = _validate(whole, _assemble(own, values), "", faults)
     derived = spec.hook_config(model) if spec.hook_config and model is not None else {}
@@ -137,7 +143,7 @@ def _settle(
         resolved[hook.name] = _validate(hook.config, given | _assemble(settable[hook.name], hook_values), HOOK, faults)
     if faults:
         raise InputError(f"config of {spec.name}: " + "; ".join(dict.fromkeys(faults)))
-    return RunConfig(model, typing.cast("dict[str, Config]", resolved), preset, derived_by_hook)
+    return RunConfig(model, typing.cast("dict[str, Config]", resolved), preset, derived_by_hook), values
 
 
 def _gather(
@@ -212,8 +218,8 @@ def _flat(layer: Mapping[str, Any], fields: Mapping[str, Mapping[str, FieldInfo]
     """Return a layer with its tables spread out: `hook` as `hook.KEY`, the value of a dict as `KEY.ENTRY`."""
     flat: dict[str, Any] = {}
     for key, value in layer.items():
-        is_table = "." not in key.removeprefix(HOOK) and _canonical(f"{key}.", fields)
-        if isinstance(value, Mapping) and (key == "hook" or is_table):
+        spreads = key == "hook" or (value and "." not in key.removeprefix(HOOK) and _canonical(f"{key}.", fields))
+        if spreads and isinstance(value, Mapping) and all(isinstance(entry, str) for entry in value):
             flat |= _flat({f"{key}.{entry}": part for entry, part in value.items()}, fields)
         else:
             flat[key] = value
@@ -235,7 +241,7 @@ def _canonical(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str |
 
 
 def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str:
-    if key.startswith(HOOK) and not fields.get(HOOK):
+    if key.startswith(HOOK) and HOOK not in fields:
         return f"{key!r} is the key of a hook, and there is none"
     known = {prefix + name for prefix, names in fields.items() for name in names}
     # The list of all keys is long; `benchmark describe` shows it.

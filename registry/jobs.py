@@ -36,6 +36,8 @@ def needs_of(spec: ModelSpec, config: Config) -> tuple[str, ...]:
     if isinstance(needs, str) or (wrong := [need for need in needs if need not in NEEDS]):
         given = needs if isinstance(needs, str) else ", ".join(wrong)
         raise InputError(f"{spec.name}: needs must be a tuple of {', '.join(NEEDS)}, got {given!r}")
+    if {"text", "text_features"} <= set(needs):
+        raise InputError(f"{spec.name}: needs may have text or text_features, not both")
     return tuple(needs)
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -192,23 +193,41 @@ def _spec_of(value: Any) -> Any:
 
 @cache
 def _module_sha256(module: ModuleType) -> str:
-    """Return the hash of a module's source, or of all of its package's, as it was when this was first called.
+    """Return the hash of a module's source as it was when this was first called.
 
-    A module without a file, as in a notebook, is like no other.
+    The source of a module in a package is all of the package's. A module without a file, as in a notebook, is like no
+    other.
     """
     package = sys.modules.get(module.__name__.partition(".")[0], module)
     if hasattr(package, "__path__"):
         files = [(folder, path) for folder in package.__path__ for path in Path(folder).rglob("*.py")]
-        return _hash({str(path.relative_to(folder)): path.read_bytes() for folder, path in files if path.is_file()})
+        return _hash({str(path.relative_to(folder)): _read(path) for folder, path in files})
     file = getattr(module, "__file__", None)
     if file is None:
         return secrets.token_hex(6)
-    return _hash({"": Path(file).read_bytes()} if Path(file).is_file() else {})
+    if _is_installed(module):
+        return _hash({"": _read(Path(file))})
+    return _hash({name: content for name, (_, content) in _sources(Path(file).resolve()).items()})
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _hash(sources: Mapping[str, bytes]) -> str:
     parts = (name + hashlib.sha256(sources[name]).hexdigest() for name in sorted(sources))
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Whether a module belongs to Python or to what is installed for it, and not to a user's folder."""
+    file = getattr(module, "__file__", None)
+    paths = sysconfig.get_paths()
+    roots = [Path(paths[key]).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return file is None or any(Path(file).resolve().is_relative_to(root) for root in roots)
 
 
 def _kind_of(value: Any) -> str | None:
@@ -235,7 +254,8 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        own = isinstance(error, SyntaxError) and error.filename and error.lineno and Path(error.filename) == Path(given)
+        where = f", line {error.lineno}" if own else ""  # type: ignore[attr-defined]
         raise InputError(f"plugin {given} cannot be imported{where}: {one_line(error)}") from error
     specs = {
         id(spec): spec for name, value in vars(module).items() if _kind_of(spec := _spec_of(value)) and name[0] != "_"
@@ -263,10 +283,7 @@ def _on_path(folder: str) -> Iterator[None]:
 def _import_file(path: Path) -> tuple[ModuleType, str]:
     """Import a file, and what it imports from its folder, as they now are; return the module and their hash."""
     sources = _sources(path.resolve())
-    if any(_BESIDE[name] != source for name, source in sources.items() if name in _BESIDE):
-        for name in sources.keys() & _BESIDE.keys():  # they were edited, or are another folder's
-            del _BESIDE[name]
-            sys.modules.pop(name, None)
+    others = _make_way(sources)
     before, writes_bytecode = set(sys.modules), sys.dont_write_bytecode
     # One name a path: dataclasses and pydantic look their module up by it.
     name = f"_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -278,13 +295,14 @@ def _import_file(path: Path) -> tuple[ModuleType, str]:
     importlib.invalidate_caches()
     try:
         with _on_path(str(path.resolve().parent)):
-            exec(compile(sources[""][1], path, "exec"), module.__dict__)
+            exec(compile(sources[""][1], path, "exec", dont_inherit=True), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
     finally:
         sys.dont_write_bytecode = writes_bytecode
-        _BESIDE.update({name: sources[name] for name in sources.keys() & sys.modules.keys() - before})
+        _BESIDE.update({name: sources[name] for name in sources.keys() & sys.modules.keys() - before - others.keys()})
+        sys.modules.update(others)
     return module, _hash({name: content for name, (_, content) in sources.items()})
 
 
@@ -292,8 +310,32 @@ _BESIDE: dict[str, tuple[Path, bytes]] = {}
 """Modules that `--plugin` files brought in from their folders, by name, with their source."""
 
 
+def _make_way(sources: Mapping[str, tuple[Path, bytes]]) -> dict[str, ModuleType]:
+    """Drop loaded modules that would stand in for what is now beside a file; return those that others brought in."""
+    folder = sources[""][0].parent
+    others = {name: sys.modules[name] for name in sources.keys() - _BESIDE.keys() if name in sys.modules}
+    others = {name: module for name, module in others.items() if not _is_installed(module)}  # of unknown source
+    stale = {
+        name
+        for name, (file, content) in _BESIDE.items()
+        if not file.is_file()
+        or not file.is_relative_to(folder)
+        or sources.get(name, (file, content)) != (file, content)
+    }
+    if stale or others:
+        for name in {*_BESIDE, *others}:  # they may have imported one another
+            sys.modules.pop(name, None)
+        _BESIDE.clear()
+    return others
+
+
 def _sources(path: Path) -> dict[str, tuple[Path, bytes]]:
-    """Return a file ("") and what its source says it imports from its folder, at any depth, by module name."""
+    """Return a file ("") and what its source says it imports from its folder, at any depth, by module name.
+
+    What installed plugins are made of has a version, and is left out.
+    """
+    points = [point for _, _, points in _distributions() for point in points if point.group in GROUPS.values()]
+    packaged = {__package__, *(point.module.partition(".")[0] for point in points)}
     found: dict[str, tuple[Path, bytes]] = {}
     waiting = {"": path}
     while waiting:
@@ -302,7 +344,7 @@ def _sources(path: Path) -> dict[str, tuple[Path, bytes]]:
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         for wanted in _imports(found[name][1], package):
             parts = wanted.split(".")
-            for stem in accumulate(parts, "{}.{}".format) if parts[0] != __package__ else ():
+            for stem in accumulate(parts, "{}.{}".format) if parts[0] not in packaged else ():
                 place = path.parent.joinpath(*stem.split("."))
                 files = [f for f in (place / "__init__.py", place.with_name(f"{place.name}.py")) if f.is_file()]
                 if files and stem not in found:
@@ -311,8 +353,12 @@ def _sources(path: Path) -> dict[str, tuple[Path, bytes]]:
 
 
 def _imports(source: bytes, package: str) -> Iterator[str]:
-    """Give the dotted names that a source imports, and those that may be modules."""
-    for node in ast.walk(ast.parse(source)):
+    """Give the dotted names that a source imports, and those that may be modules; none if it is not Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # importing it says where
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -235,6 +235,7 @@ class Run:
         from .config import resolve
         from .contract import DataInfo
         from .data.text import TextEncoder
+        from .isolation import isolated
         from .plugins import Plugins
 
         settings = self.settings
@@ -252,10 +253,10 @@ class Run:
             facts["tasks"] = tuple(facts["tasks"])
             encoder = settings["text_encoder"]
             made = TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None
-            with torch.random.fork_rng(devices=[]):
+            with isolated(0, torch.device("cpu")):
                 model = spec.build(config, DataInfo(**facts, text_encoder=made))
-            weights = load_file(self.folder / WEIGHTS)
-            model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+                state = {k: v for k, v in load_file(self.folder / WEIGHTS).items() if k.startswith("model.")}
+                model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
         except InputError:
             raise
         except Exception as error:  # the folder was edited, or the model is another by now
@@ -279,7 +280,8 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
     Raises:
         InputError: it is not the folder of a finished run.
     """
-    run = Run(Path(os.path.expanduser(folder)), tuple(plugins))
+    given = [plugins] if isinstance(plugins, (str, Path)) else plugins
+    run = Run(Path(os.path.expanduser(folder)), tuple(map(str, given)))
     if not finished(run.folder):
         raise InputError(
             f"{folder} is not the folder of a finished run: {FINISHED} or another file is missing or broken"
@@ -292,7 +294,8 @@ def finished(folder: Path) -> bool:
     run = Run(folder)
     try:
         with safe_open(folder / WEIGHTS, "np"):  # checks the header and the file's length
-            tables = [*run.summary.get("artifacts", []), *(["predictions"] if run.summary["metrics"] else [])]
+            tables = list(run.summary.get("artifacts", []))
+        tables += ["predictions"] * bool(run.summary["metrics"]) + ["history"] * (run.best_epoch is not None)
         whole = all(isinstance(part, dict) for part in (run.settings, run.environment, run.summary["metrics"]))
         return whole and all((folder / f"{name}.csv").is_file() for name in tables)
     except (InputError, OSError, SafetensorError, AttributeError, KeyError, TypeError):

@@ -220,4 +220,5 @@ class UnimodalLabelGenerator(nn.Module):
             old = memory.labels[index]
             new = (epoch - 1) / (epoch + 1) * old + 2 / (epoch + 1) * proposal
             moves = fusion.has_centers & memory.has_centers & ~memory.fixed[index] & present["fusion"] & present[name]
+            moves = moves & new.isfinite()  # distances of huge features overflow
             memory.labels[index] = torch.where(moves, new, old)

@@ -551,7 +551,7 @@ def test_threads_get_the_numbers_they_would_get_alone(quick, tmp_path):
 
 @contextmanager
 def default(what: str, value: object, normal: object):
-    setter = getattr(torch, f"set_default_{what}")
+    setter = torch.set_float32_matmul_precision if what == "matmul" else getattr(torch, f"set_default_{what}")
     setter(value)
     try:
         yield
@@ -567,15 +567,18 @@ def default(what: str, value: object, normal: object):
         lambda: default("dtype", torch.float64, torch.float32),
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: default("device", "meta", None),
+        lambda: torch.device("meta"),
+        lambda: default("matmul", "medium", "highest"),
     ],
-    ids=["inference_mode", "no_grad", "default dtype", "autocast", "default device"],
+    ids=["inference_mode", "no_grad", "default dtype", "autocast", "default device", "device context", "matmul"],
 )
 def test_what_the_caller_set_in_torch_changes_nothing(quick, setting):
     plain = quick(runs="plain")
     with setting():
-        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        getters = (torch.get_default_dtype, torch.get_default_device, torch.get_float32_matmul_precision)
+        before = [get() for get in getters]
         under = quick(runs="under")
-        assert (torch.get_default_dtype(), torch.get_default_device()) == (dtype, device)
+        assert [get() for get in getters] == before
     assert under.runs[0].status == "ok", under.runs[0].reason
     assert weights(plain) == weights(under)
 
@@ -630,6 +633,13 @@ def test_an_empty_table_of_a_hook_is_left_out(quick, tmp_path, table):
     result = quick(model="self_mm+own", plugins=[own_hook(tmp_path, artifacts=f"{{'nothing': {table}}}")])
     assert result.runs[0].status == "ok", result.runs[0].reason
     assert artifact_tables(result, 10) == {}
+
+
+def test_a_table_that_only_some_seeds_have_is_printed_of_those(quick, tmp_path):
+    rows = "[1.0] if torch.initial_seed() == 1 else []"
+    file = own_hook(tmp_path, artifacts=f"{{'odd': {{'a': {rows}}}}}")
+    Path(file).write_text("import torch\n" + Path(file).read_text())
+    assert artifact_tables(quick(model="self_mm+own", plugins=[file], seeds=[1, 2]), 10) == {"odd": [{"a": "1.0000"}]}
 
 
 def test_a_run_that_is_damaged_is_trained_again(quick):

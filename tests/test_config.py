@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from registry import contract
 from registry.config import config_class, describe, parse_settings, resolve
@@ -281,9 +281,55 @@ def test_a_key_without_a_default_comes_from_a_preset_or_the_user():
     assert refusal(spec=open_spec()).endswith("'width' has no default and must be set")
 
 
+def test_what_is_required_may_fit_only_what_else_is_given():
+    class Fitting(Config):
+        heads: int
+        width: int = Field(8)
+
+        @model_validator(mode="after")
+        def _divides(self):
+            if self.width % self.heads:
+                raise ValueError("heads must divide width")
+            return self
+
+    spec = replace(SELF_MM, config=Fitting, presets={}, hooks=(), hook_config=None)
+    changed = settle(spec=spec, overrides={"heads": 3, "width": 9}).changed
+    assert (changed["heads"], changed["width"]) == (3, 9)
+    assert settle(spec=spec, overrides={"heads": 4}).changed == {"heads": 4}
+
+
+def test_derived_keys_may_depend_on_the_config():
+    class Choosing(Config):
+        fixed: bool = True
+
+    spec = replace(
+        SELF_MM, config=Choosing, presets={}, hook_config=lambda c: {"distance": "cosine"} if c.fixed else {}
+    )
+    assert settle(spec=spec).hooks["ulgm"].distance == "cosine"
+    config = settle(spec=spec, overrides={"fixed": False, "hook.distance": "squared"})
+    assert config.hooks["ulgm"].distance == config.changed["hook.distance"] == "squared"
+
+
+def test_tables_that_cannot_be_spread_are_given_whole():
+    class Tabled(Config):
+        by_layer: dict[int, float] = Field({1: 0.1})
+        needed: dict[str, int]
+
+    spec = replace(SELF_MM, config=Tabled, presets={}, hooks=(), hook_config=None)
+    config = settle(spec=spec, overrides={"by_layer": {2: 0.5}, "needed": {}}).model
+    assert (config.by_layer, config.needed) == ({2: 0.5}, {})
+
+
 def test_a_models_own_table_is_layered_likewise():
     config = settle(spec=open_spec(), overrides={"width": 9, "dropouts.second": 0.5, "dropouts": {"first": 0.3}})
     assert config.model.dropouts == {"first": 0.3, "second": 0.5}
+
+
+def test_a_key_of_a_hook_that_has_none():
+    bare = HookSpec(name="bare", summary="", build=UlgmConfig)
+    spec = replace(SELF_MM, hooks=(), hook_config=None)
+    with pytest.raises(InputError, match=r"unknown key 'hook\.x'"):
+        resolve(spec, [bare], MOSI, overrides={"hook.x": 1})
 
 
 def test_hook_keys_without_a_hook():

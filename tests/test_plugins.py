@@ -554,15 +554,58 @@ def test_an_unchanged_neighbour_is_one_module_for_all_files(tmp_path):
     assert plugins.load("model", "a").build is plugins.load("model", "b").build
 
 
-def test_a_module_that_somebody_else_imported_stays(tmp_path, monkeypatch):
-    (tmp_path / "neighbour_in_use.py").write_text("")
+def test_a_module_that_somebody_else_imported_stays_theirs(tmp_path, monkeypatch):
+    """The file gets what stands beside it now; who imported it before keeps what they have."""
+    (tmp_path / "neighbour_in_use.py").write_text("SUMMARY = 'old'")
     monkeypatch.syspath_prepend(tmp_path)
     import neighbour_in_use  # type: ignore[import-not-found]
 
-    (tmp_path / "mine.py").write_text("import neighbour_in_use\n" + MODEL.format("mine", "x"))
-    (tmp_path / "neighbour_in_use.py").write_text("# edited")
-    Plugins([str(tmp_path / "mine.py")])
+    code = MODEL.format("mine", "x").replace('"mine of x"', "SUMMARY")
+    (tmp_path / "mine.py").write_text(f"from neighbour_in_use import SUMMARY\n{code}")
+    (tmp_path / "neighbour_in_use.py").write_text("SUMMARY = 'new'")
+    assert Plugins([str(tmp_path / "mine.py")]).load("model", "mine").summary == "new"
     assert sys.modules.pop("neighbour_in_use") is neighbour_in_use
+
+
+def test_a_neighbour_that_is_gone_is_not_taken_from_elsewhere(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file.py").write_text("import neighbour_of_one\n" + MODEL.format("mine", "x"))
+    (tmp_path / "a" / "neighbour_of_one.py").write_text("")
+    assert Plugins([str(tmp_path / "a" / "file.py")])
+    for folder in "ba":
+        (tmp_path / "a" / "neighbour_of_one.py").unlink(missing_ok=True)
+        with pytest.raises(InputError, match="No module named 'neighbour_of_one'"):
+            Plugins([str(tmp_path / folder / "file.py")])
+
+
+def test_annotations_are_what_the_file_says(plugin_file):
+    code = (
+        MODEL.format("mine", "x") + "def f(x: int): ...\nSPEC.summary.__class__\nassert f.__annotations__['x'] is int\n"
+    )
+    assert names("model", (plugin_file(code),)).count("mine") == 1
+
+
+def test_a_neighbours_syntax_error_is_named(tmp_path):
+    (tmp_path / "broken_neighbour.py").write_text("\n\nif x print(y)\n")
+    (tmp_path / "mine.py").write_text("import broken_neighbour\n" + MODEL.format("mine", "x"))
+    message = refusal("mine", files=(str(tmp_path / "mine.py"),))
+    assert "mine.py cannot be imported: SyntaxError" in message
+    assert "broken_neighbour.py, line 3" in message
+    (tmp_path / "mine.py").write_text("def f(): import broken_neighbour\n" + MODEL.format("mine", "x"))
+    assert names("model", (str(tmp_path / "mine.py"),)).count("mine") == 1
+
+
+def test_the_source_of_a_lone_module_is_also_what_stands_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for text in ("", "# edited"):
+        (tmp_path / "neighbour_of_module.py").write_text(text)
+        (tmp_path / "lone_module.py").write_text("import neighbour_of_module\n" + MODEL.format("mine", "x"))
+        seen.add(Plugins(["lone_module"]).entry("model", "mine").source_sha256)
+        for name in ("lone_module", "neighbour_of_module"):
+            del sys.modules[name]
+    assert len(seen) == 2
 
 
 def test_one_plugin_may_stand_without_a_list(plugin_file):

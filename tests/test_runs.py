@@ -98,6 +98,19 @@ def test_metrics_are_those_of_the_predictions(trained):
     assert (run.best_epoch, run.summary["valid_mae"]) == (best["epoch"], pytest.approx(best["valid_mae"]))
 
 
+@pytest.mark.parametrize("what", ["dtype", "device"])
+def test_the_loaded_model_is_the_same_whatever_the_caller_set(trained, what):
+    setter = getattr(torch, f"set_default_{what}")
+    setter({"dtype": torch.float64, "device": "meta"}[what])
+    try:
+        with torch.inference_mode():
+            parameters = list(load_run(trained[0].folder).model.parameters())
+    finally:
+        setter({"dtype": torch.float32, "device": None}[what])
+    kinds = {(p.dtype, p.device.type, p.is_inference()) for p in parameters}
+    assert kinds == {(torch.float32, "cpu", False)}
+
+
 def test_the_loaded_model_predicts_what_was_written(trained, encoder):
     run, data = trained
     plan = make_plan("self_mm", "custom", label_range=3.0)
@@ -136,7 +149,7 @@ def test_not_a_run(tmp_path, make):
 
 def finish(folder: Path) -> None:
     """Make a folder that looks like a finished run."""
-    (folder / "metrics.json").write_text('{"metrics": {}}')
+    (folder / "metrics.json").write_text('{"metrics": {}, "best_epoch": null}')
     (folder / "config.json").write_text("{}")
     (folder / "environment.json").write_text("{}")
     save_file({"x": torch.zeros(100)}, folder / "model.safetensors")
@@ -148,8 +161,10 @@ def finish(folder: Path) -> None:
         *(("metrics.json", content) for content in ("{", "{}", "null", "", '{"metrics": null}')),
         *(("config.json", content) for content in ("{", "[]", "")),
         *(("environment.json", content) for content in ("{", "[]", "")),
-        ("metrics.json", '{"metrics": {}, "artifacts": ["absent"]}'),
-        ("metrics.json", '{"metrics": {"MAE": 1.0}}'),  # without predictions
+        ("metrics.json", '{"metrics": {}}'),
+        ("metrics.json", '{"metrics": {}, "best_epoch": null, "artifacts": ["absent"]}'),
+        ("metrics.json", '{"metrics": {"MAE": 1.0}, "best_epoch": null}'),  # without predictions
+        ("metrics.json", '{"metrics": {}, "best_epoch": 3}'),  # without history
         ("model.safetensors", ""),
         ("model.safetensors", "x" * 50),
         ("model.safetensors", None),
