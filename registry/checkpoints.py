@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ def import_checkpoint(
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's message is advice to load it all the same
+        reason = "it holds more than weights, or is no file that torch.save wrote"
+        raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     except Exception as error:  # a damaged file can make any operation of the unpickler fail
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error

@@ -106,7 +106,9 @@ def run(
     ] = [],
     hook: Annotated[list[str], typer.Option("--hook", help="A training hook to add; repeatable.")] = [],
     epochs: Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")] = None,
-    label_range: Annotated[float | None, typer.Option(help="Labels lie in ± this; for --dataset custom.")] = None,
+    label_range: Annotated[
+        float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
     plugin: Plugin = [],
@@ -329,7 +331,9 @@ def import_checkpoint(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="What it was trained on.")] = "mosi",
     data: Annotated[Path | None, typer.Option(help="Feature file; with it the checkpoint is tested.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder: minilm, a hub name or a folder.")] = None,
-    label_range: Annotated[float | None, typer.Option(help="Labels lie in ± this; for --dataset custom.")] = None,
+    label_range: Annotated[
+        float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
     plugin: Plugin = [],
     debug: Debug = False,

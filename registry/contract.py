@@ -50,6 +50,13 @@ class Rates(Config):
     weight_decay: float = Field(0.0, ge=0, description="L2 of every parameter")
 
 
+class _Dims(dict[str, int]):
+    """Feature widths by modality; one that is not there says why."""
+
+    def __missing__(self, name: str) -> int:
+        raise KeyError(f"{name} is not among the inputs that the model's needs name: {', '.join(self) or 'none'}")
+
+
 @dataclass(frozen=True)
 class DataInfo:
     """What a model may know of the data before it is built.
@@ -66,6 +73,9 @@ class DataInfo:
     tasks: tuple[str, ...]
     aligned: bool
     text_encoder: TextEncoder | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", _Dims(self.dims))
 
 
 @dataclass(frozen=True)

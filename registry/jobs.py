@@ -171,18 +171,27 @@ class Job:
 
     def protocol(self) -> dict[str, str]:
         """What every table of these results must say."""
-        encoder, config = self.info.text_encoder, self.plan.config
+        encoder, config, dataset = self.info.text_encoder, self.plan.config, self.plan.dataset
+        published = dataset.label_range in (None, self.plan.label_range)
+        borrowed = f" (its values for {dataset.presets_of})" if dataset.presets_of else ""
         return {
             "selection": SELECTION,
             "metrics": f"as defined for {'CH-SIMS' if self.plan.metrics == 'sims' else 'CMU-MOSI'}",
+            "labels": f"within ±{self.plan.label_range:g}" + ("" if published else f", not ±{dataset.label_range:g}"),
             "data": "aligned" if self.info.aligned else "unaligned",
             "text encoder": f"{encoder.name}, fine-tuned" if encoder else "none",
-            "preset": config.preset or "none",
+            "preset": f"{config.preset}{borrowed}" if config.preset else "none",
             "changed settings": ", ".join(f"{k}={v}" for k, v in config.changed.items()) or "none",
-            "micro-batches that fill no group at an epoch's end": {"step": "used", "drop": "dropped"}[
-                config.model.tail
-            ],
+            "micro-batches that fill no group at an epoch's end": self._tail(),
         }
+
+    def _tail(self) -> str:
+        training = self.plan.config.model
+        micro_batches = -(-self.info.n_train // training.batch_size)
+        if micro_batches % training.update_epochs == 0:
+            return "there are none"
+        kept = training.tail == "step" or micro_batches < training.update_epochs
+        return "used" if kept else "dropped"
 
 
 def make_plan(

@@ -234,8 +234,8 @@ class _Step:
             )
         criterion = l1_loss if self.config.criterion == "l1" else mse_loss
         losses = [*output.losses.values(), *(hook.loss(output, batch) for hook in self.hooks)]
-        if any(loss.dim() for loss in losses):
-            raise RunFailed("a loss of the model or of a hook is not a scalar")
+        if not all(isinstance(loss, Tensor) and loss.dim() == 0 for loss in losses):
+            raise RunFailed("a loss of the model or of a hook is not a scalar tensor")
         return criterion(output.prediction, truth) + sum(losses)
 
     def _observe(self, output: FusionOutput, batch: Any, epoch: int) -> None:

@@ -79,7 +79,7 @@ class SelfMMConfig(Config):
         initials = "".join(TASKS[name] for name in info.data.get("modalities", MODALITIES))
         if value is not None and ("M" not in value or len(set(value)) < len(value) or set(value) - {"M", *initials}):
             raise ValueError(f"must be M and any of {initials}, each once")
-        return value
+        return value and "".join(letter for letter in ("M", *initials) if letter in value)
 
     def hook_values(self) -> dict[str, Any]:
         """Return the keys of the hook `ulgm` that follow from these."""

@@ -55,9 +55,8 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
     needed += [f"post_{task}_layer_1.weight" for task in ("fusion", "text", "audio", "video")]
     missing = [name for name in needed if name not in state]
     if foreign or missing:
-        faults = [f"without {', '.join(missing[:3])}"] * bool(missing) + [f"with {', '.join(foreign[:3])}"] * bool(
-            foreign
-        )
+        named = (("without", missing), ("with", foreign))
+        faults = [f"{word} {', '.join(names[:3])}{', …' * (len(names) > 3)}" for word, names in named if names]
         raise InputError(f"this is not a checkpoint of upstream's Self-MM: {' and '.join(faults)}")
     # Nothing reads the pooler, and only older versions of transformers save position ids.
     kept = {name: tensor for name, tensor in state.items() if ".pooler." not in name and "position_ids" not in name}

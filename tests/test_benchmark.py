@@ -673,6 +673,37 @@ def test_without_a_watcher_notes_are_warnings(quick, tmp_path):
         quick(feature_file(tmp_path, train={"audio": lambda a: np.where(a == a.max(), np.nan, a)}))
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"batch_size": 3, "update_epochs": 2, "tail": "drop"}, "dropped"),  # 8 clips: 2 groups of 2, the last short
+        ({"batch_size": 3, "update_epochs": 2, "tail": "step"}, "used"),
+        ({"batch_size": 4, "update_epochs": 2, "tail": "drop"}, "there are none"),
+        ({"batch_size": 4, "update_epochs": 4, "tail": "drop"}, "used"),  # no group is full
+    ],
+)
+def test_the_protocol_says_what_became_of_the_tail(quick, config, said):
+    assert quick(config={**config, "epochs": 1}).protocol["micro-batches that fill no group at an epoch's end"] == said
+
+
+def test_the_protocol_says_another_range_and_whose_preset(tmp_path, encoder):
+    options = {"data": feature_file(tmp_path), "text_encoder": encoder, "runs": tmp_path, "config": QUICK}
+    published = registry.run("self_mm", "mosi", **options).protocol
+    wider = registry.run("self_mm", "mosi", label_range=5, **options).protocol
+    custom = registry.run("self_mm", "custom", label_range=5, **options).protocol
+    assert (published["labels"], published["preset"]) == ("within ±3", "mmsa")
+    assert wider["labels"] == "within ±5, not ±3"
+    assert (custom["labels"], custom["preset"]) == ("within ±5", "mmsa (its values for mosi)")
+
+
+def test_an_input_that_needs_do_not_name_says_so(quick, tmp_path):
+    file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])", options=', needs=("vision",)')
+    assert (
+        "audio is not among the inputs that the model's needs name: vision"
+        in quick(model="mean", plugins=[file]).runs[0].reason
+    )
+
+
 def test_the_protocol_names_changed_settings(quick):
     changed = quick(config={"H": 2.0}).protocol["changed settings"]
     assert "label_range=2.0" in changed

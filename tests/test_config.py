@@ -87,6 +87,11 @@ def test_label_range_reaches_the_hook_in_every_spelling(key):
     assert settle(overrides={key: 2.0}).hooks["ulgm"].label_range == 2.0
 
 
+def test_the_order_of_tasks_and_modalities_means_nothing():
+    one, two = {"tasks": "MTV", "modalities": "text,vision"}, {"tasks": "VMT", "modalities": "vision,text"}
+    assert settle(overrides=one).as_dict() == settle(overrides=two).as_dict()
+
+
 def test_keys_of_the_model_shape_its_own_hook_and_are_the_only_way_to():
     config = settle(overrides={"post_text_dim": 5, "excludeZero": False, "hook.distance": "cosine"})
     assert config.hooks["ulgm"].head_dims == {"text": 5, "audio": 16, "vision": 32}

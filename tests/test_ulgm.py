@@ -124,7 +124,7 @@ def test_features_that_are_not_finite_count_as_missing() -> None:
 
 
 def test_features_so_large_that_their_distance_overflows_move_no_label() -> None:
-    made = filled()
+    made = filled(distance="squared")
     made.update({"fusion": line([1.0, 1e30]), "speech": line([1e30, 0.4])}, torch.tensor([0, 1]), 2)
     made.update({"fusion": line([1.0] * 5), "speech": line([0.4] * 5)}, ALL, 3)
     assert made.labels["speech"].isfinite().all()
