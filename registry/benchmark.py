@@ -10,11 +10,11 @@ import json
 import operator
 import os
 import re
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from .isolation import isolated
 from .jobs import Job, make_plan
 from .metrics import regression
 from .plugins import NAME
-from .runs import environment, finished, finite, load_run, require_writable, write_run
-from .training import Epoch, Watcher, train
+from .runs import environment, finished, finite, load_run, require_no_strangers, require_writable, write_run
+from .training import Epoch, Watcher, train, tunes_text
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,16 @@ def run(
     place = _device(device)
     job = plan.read(data, text_encoder, watcher)
     folder = Path(os.path.expanduser(runs)) / plan.name / plan.dataset.name / job.identity()
+    wanted = [folder / str(seed) for seed in seeds]
+    require_no_strangers(target for target in wanted if force or not finished(target))
     done: list[SeedRun] = []
+    protocol = job.protocol()
     for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
         if finished(target) and not force:
-            stale = load_run(target).environment.get("sources") != plan.sources
-            changed = f"; the source of {plan.name} has changed since" if stale else ""
+            before = load_run(target).environment.get("sources") or {}
+            stale = ", ".join(part for part, source in plan.sources.items() if before.get(part) != source)
+            changed = f"; the source of {stale} has changed since" if stale else ""
             watcher.note(f"seed {seed} is finished already: {target} (--force trains it again){changed}")
         else:
             history: list[Epoch] = []
@@ -171,10 +175,11 @@ def run(
         saved = load_run(target)
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
             watcher.note(
-                f"seed {seed}: its best epoch, {saved.best_epoch}, is the last one allowed: --epochs allows more"
+                f"seed {seed}: its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
             )
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
-    return Result(plan.name, plan.dataset.name, done, folder, job.protocol())
+        protocol = saved.summary["protocol"]
+    return Result(plan.name, plan.dataset.name, done, folder, protocol)
 
 
 def failure_log(folder: Path, seed: int) -> Path:
@@ -224,13 +229,13 @@ def _train_seed(
 ) -> None:
     """Train one seed and write its folder."""
     assert job.file is not None
-    started = time.perf_counter()
-    plan = job.plan
+    started, plan = datetime.now(timezone.utc), job.plan
     with isolated(seed, device):
         splits = {name: job.split(name, device) for name in job.file.splits}
-        model = plan.spec.build(plan.config.model, job.info).to(device)
-        # A copy: hooks may do with it what they like.
-        labels = TrainingData({task: values.clone() for task, values in splits["train"].labels.items()}, job.info)
+        # Copies: model and hooks may do with them what they like.
+        model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
+        copies = {task: values.clone() for task, values in splits["train"].labels.items()}
+        labels = TrainingData(copies, replace(job.info))
         hooks: dict[str, TrainingHook] = {
             hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
             for hook in plan.hooks
@@ -253,7 +258,7 @@ def _train_seed(
         "metrics": metrics,
         "best_epoch": outcome.best_epoch,
         "valid_mae": outcome.history[outcome.best_epoch - 1].valid_mae,
-        "protocol": job.protocol(),
+        "protocol": job.protocol(tuned=tunes_text(model, plan.config.model)),
         "artifacts": list(tables),
     }
     tables["predictions"] = predictions
@@ -262,10 +267,10 @@ def _train_seed(
         folder,
         settings={**job.settings(), "seed": seed, "preset": plan.config.preset},
         summary=summary,
-        environment=environment(device, job.file.sha256, job.plan.sources, time.perf_counter() - started),
+        environment=environment(device, job, started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
-        log=[str(record) for record in outcome.history],
+        log=[*job.notes, *map(str, outcome.history)],
     )
 
 

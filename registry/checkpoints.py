@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import Tensor
 from .benchmark import evaluate
 from .contract import DataInfo, TrainingData
 from .data.feature_file import file_sha256
-from .errors import InputError
+from .errors import InputError, blaming
 from .isolation import isolated
 from .jobs import Job, make_plan
 from .plugins import Plugins
-from .runs import Run, environment, load_run, write_run
+from .runs import Run, environment, load_run, require_writable, write_run
 from .training import Watcher
 
 CPU = torch.device("cpu")
@@ -53,7 +54,8 @@ def import_checkpoint(
     if importer is None:
         raise InputError(f"model {model!r} cannot import checkpoints: its spec has no import_checkpoint")
     state = _read_weights(path)
-    found = importer(state)
+    with blaming(f"importing {path} as a checkpoint of {model}"):
+        found = importer(state)
     plan = make_plan(model, dataset, config=found["config"], label_range=label_range, plugins=plugins)
     if data is not None:
         job = plan.read(data, text_encoder, Watcher())
@@ -88,7 +90,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         reason = "it holds more than weights, or is no file that torch.save wrote"
         raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     except Exception as error:  # a damaged file can make any operation of the unpickler fail
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        strange = "it is damaged, cut short, or no file that torch.save wrote"
+        reason = (error.strerror if isinstance(error, OSError) else None) or strange
         raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named:
@@ -113,6 +116,7 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
         raise InputError(f"{path} does not fit {plan.name}: {str(error).splitlines()[-1].strip()}") from error
     digest = file_sha256(path)
     metrics: dict[str, float] = {}
+    require_writable(runs)
     folder = runs / plan.name / plan.dataset.name / job.identity() / f"imported-{digest[:12]}"
     tables = {}
     if job.file is not None:
@@ -121,9 +125,9 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
         folder,
         settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
         summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
-        environment=environment(CPU, job.file.sha256 if job.file else None, plan.sources, 0.0),
+        environment=environment(CPU, job, datetime.now(timezone.utc)),
         tables=tables,
         modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},
-        log=[f"imported from {path.name}"],
+        log=[f"imported from {path.name}", *job.notes],
     )
     return load_run(folder)

@@ -195,7 +195,11 @@ def _show_result(result: Result) -> None:
             out.print(f"{name}: {escape(value)}", highlight=False, soft_wrap=True)
         for name, table in artifact_tables(result, SMALL_TABLE).items():
             over = f", mean over {len(result.ok)} seeds" if len(result.ok) > 1 else ""
-            _print_table(name.replace("_", " ") + over, table)
+            # Hooks see the train split, and are left as they were at the best epoch.
+            _print_table(f"{name.replace('_', ' ')}, train split at the best epoch{over}", table)
+    failed = [str(run.seed) for run in result.runs if run.status == "failed"]
+    if failed and result.ok:
+        out.print(f"seeds that failed, and do not count above: {', '.join(failed)}", highlight=False, soft_wrap=True)
     for done in result.ok:
         out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)
 

@@ -10,8 +10,10 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,8 @@ def resolve(
     Raises:
         InputError: lists every unknown key and wrong value.
     """
-    file_values, file_preset = _read_file(file) if file else ({}, None)
-    name, preset_values = _preset(spec, dataset, preset or file_preset)
+    file_values, file_preset = _read_file(file, spec) if file else ({}, None)
+    name, preset_values = _preset(spec, dataset, file_preset if preset is None else preset)
     chosen, given = _settle(spec, hooks, name, [preset_values, defaults or {}, file_values, overrides or {}])
     classes = [("", config_class(spec)), *((HOOK, hook.config) for hook in hooks)]
     required = {prefix + key for prefix, cls in classes for key, info in cls.model_fields.items() if info.is_required()}
@@ -133,7 +135,7 @@ def _settle(
     faults: list[str] = []
     of_hooks = {key: info for keys in settable.values() for key, info in keys.items()}
     fields = {"": own, HOOK: of_hooks} if hooks else {"": own}
-    values = _gather(layers, fields, faults)
+    values = _gather(layers, fields, faults, {HOOK + key for keys in derived_by_hook.values() for key in keys})
     model = _validate(whole, _assemble(own, values), "", faults)
     derived = spec.hook_config(model) if spec.hook_config and model is not None else {}
     hook_values = {key.removeprefix(HOOK): value for key, value in values.items() if key.startswith(HOOK)}
@@ -147,16 +149,19 @@ def _settle(
 
 
 def _gather(
-    layers: Sequence[Mapping[str, Any]], fields: Mapping[str, Mapping[str, FieldInfo]], faults: list[str]
+    layers: Sequence[Mapping[str, Any]],
+    fields: Mapping[str, Mapping[str, FieldInfo]],
+    faults: list[str],
+    derived: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return the last value of every key, under its field's name."""
+    """Return the last value of every key, under its field's name; those of `derived` cannot be set."""
     values: dict[str, Any] = {}
     for layer in layers:
         read: dict[str, str] = {}
         for key, value in _flat(layer, fields).items():
             target = _canonical(key, fields)
             if target is None:
-                faults.append(_unknown_key(key, fields))
+                faults.append(_unknown_key(key, fields, derived))
             elif target in read:
                 faults.append(f"{read[target]!r} and {key!r} are two spellings of one key")
             else:
@@ -189,13 +194,13 @@ def _preset(spec: ModelSpec, dataset: DatasetSpec, wanted: str | None) -> tuple[
     return name, spec.presets[name][of] if name else {}
 
 
-def _read_file(path: Path) -> tuple[Mapping[str, Any], str | None]:
+def _read_file(path: Path, spec: ModelSpec) -> tuple[Mapping[str, Any], str | None]:
     """Return the keys in a file and, from a run's own `config.json`, its preset."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    readers = {".json": json.loads, ".toml": tomllib.loads}
+    readers = {".json": partial(json.loads, object_pairs_hook=_once), ".toml": tomllib.loads}
     if path.suffix not in readers:
         raise InputError(f"config file {path} must end in .json or .toml")
     try:
@@ -207,11 +212,22 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], str | None]:
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
     if isinstance(content.get("config"), dict):  # a run's own
-        preset = content.get("preset")
+        preset, of = content.get("preset"), str(content.get("model", spec.name))
+        if of.partition("+")[0] != spec.name:
+            raise InputError(f"config file {path} is of a run of {of}, not of {spec.name}")
         if preset is not None and not isinstance(preset, str):
             raise InputError(f"config file {path}: 'preset' must be text, got {preset!r}")
         return content["config"], preset
     return content, None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"the key {key!r} stands in it twice")
+        table[key] = value
+    return table
 
 
 def _flat(layer: Mapping[str, Any], fields: Mapping[str, Mapping[str, FieldInfo]]) -> dict[str, Any]:
@@ -240,9 +256,14 @@ def _canonical(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str |
     return None
 
 
-def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]], derived: Collection[str]) -> str:
     if key.startswith(HOOK) and HOOK not in fields:
         return f"{key!r} is the key of a hook, and there is none"
+    own = key.removeprefix(HOOK)
+    if ".".join(key.split(".")[:2]) in derived and own not in fields[""]:
+        return f"{key!r} follows from the model's own keys: set those (see `benchmark describe`)"
+    if key in derived:
+        return f"unknown key {key!r}, did you mean {own!r}?"
     known = {prefix + name for prefix, names in fields.items() for name in names}
     # The list of all keys is long; `benchmark describe` shows it.
     return unknown("key", key, known).partition(" (available")[0]
@@ -263,10 +284,14 @@ def _validate(cls: type[Config], values: Mapping[str, Any], prefix: str, faults:
 def _for_field(info: FieldInfo, value: Any) -> Any:
     """Return a value as its strict field wants it: a list or `a,b` for a tuple, a number's text for text."""
     wanted = _members(info.annotation)
+    if value is None and "none" in typing.get_args(info.annotation):
+        return "none"  # a word of its own, and not that there is no value
     if any(typing.get_origin(kind) is tuple for kind in wanted):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
+        value = value.item()
     if str in wanted and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value
@@ -318,6 +343,15 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             values[key] = text
     return values
+
+
+def as_typed(value: Any) -> str:
+    """Return a value as `--set` takes it; a table as `KEY VALUE, …`."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {as_typed(item)}" for key, item in value.items())
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ class Training(Config):
     """How a model is trained; every field is a config key of every model."""
 
     criterion: Literal["l1", "mse"] = Field("l1", description="loss between prediction and multimodal label")
-    batch_size: int = Field(32, ge=1, description="clips in a micro-batch; a loss is a mean over one")
-    update_epochs: int = Field(1, ge=1, description="micro-batches whose gradients are summed before one update")
+    batch_size: int = Field(32, ge=1, le=2**31, description="clips in a micro-batch; a loss is a mean over one")
+    update_epochs: int = Field(
+        1, ge=1, le=2**31, description="micro-batches whose gradients are summed before one update"
+    )
     clip_value: float | None = Field(None, gt=0, description="gradients are clipped to this absolute value")
     scheduler: Literal["none", "plateau"] = Field(
         "none", description="plateau halves the learning rate when the validation MAE stalls"
@@ -76,6 +79,7 @@ class DataInfo:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", _Dims(self.dims))
+        object.__setattr__(self, "max_lengths", dict(self.max_lengths))
 
 
 @dataclass(frozen=True)
@@ -185,11 +189,14 @@ class TrainingHook(nn.Module):
         return {}
 
 
+_CHECKED = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+"""A spec's fields are what they should be, or importing its plugin says which is not."""
+
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """`{preset: {dataset: {config key: value}}}`; the first preset is the default."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class ModelSpec:
     """A model as the registry sees it.
 
@@ -218,7 +225,7 @@ class ModelSpec:
     training: Training = field(default_factory=Training)
     hooks: tuple[str, ...] = ()
     hook_config: Callable[[Any], dict[str, Any]] | None = None
-    needs: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    needs: SkipValidation[tuple[str, ...] | Callable[[Any], tuple[str, ...]]] = ()
     per_sample: bool = False
     import_checkpoint: Callable[..., Any] | None = None
     citation: str = ""
@@ -226,7 +233,7 @@ class ModelSpec:
     version: str = "1"
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class HookSpec:
     """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`."""
 
@@ -237,7 +244,7 @@ class HookSpec:
     version: str = "1"
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class DatasetSpec:
     """A dataset's facts; its sizes come from the file.
 
@@ -248,8 +255,9 @@ class DatasetSpec:
         splits: published sizes; a note says where a file has others.
         sha256: known files by name.
         presets_of: the dataset whose published hyper-parameters are used; its own by default.
-        generate: makes the data, for a dataset that needs no file.
+        generate: makes the data, a `registry.FeatureFile`, for a dataset that needs no file.
         epochs: most epochs where the user sets none.
+        version: is raised where `generate` makes other data than before.
     """
 
     name: str
@@ -257,11 +265,12 @@ class DatasetSpec:
     label_range: float | None
     metrics: Literal["mosi", "sims"] | None = None
     text_encoder: str | None = None
-    splits: Mapping[str, int] = field(default_factory=dict)
+    splits: Mapping[Literal["train", "valid", "test"], int] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     presets_of: str | None = None
     generate: Callable[[], Any] | None = None
     epochs: int | None = None
+    version: str = "1"
 
 
 def register_model(name: str, *, summary: str = "", **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class BenchmarkError(Exception):
@@ -30,10 +31,26 @@ def unknown(kind: str, name: str, available: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} (available: {', '.join(names) or 'none'})"
 
 
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn whatever a plugin's code raises into an InputError that says whose it is."""
+    try:
+        yield
+    except BenchmarkError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} fails: {one_line(error)}") from error
+
+
 def one_line(error: BaseException) -> str:
     """Return an error of somebody else's code as one line, of 300 characters at most."""
+    from pydantic import ValidationError
+
     try:
         text = " ".join(str(error).split())
     except Exception:
         text = ""
+    if isinstance(error, ValidationError):
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        text = f"{error.title}: {'; '.join(faults)}"
     return f"{type(error).__name__}: {text}".removesuffix(": ")[:300]

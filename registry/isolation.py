@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.enter_context(_ONE_AT_A_TIME)
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(os.chdir, os.getcwd())  # relative paths must mean what they did
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())

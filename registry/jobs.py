@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .config import RunConfig, resolve
+from .config import RunConfig, as_typed, resolve
 from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.batches import Split, arrays_of
 from .data.feature_file import FeatureFile, read_feature_file
 from .data.text import TextEncoder, find_text_encoder, tokenise
-from .errors import InputError
+from .errors import InputError, blaming
 from .plugins import Plugins
 from .runs import identity
 from .training import Watcher
@@ -32,9 +32,11 @@ SELECTION = "the epoch with the lowest validation MAE; test is read once"
 
 def needs_of(spec: ModelSpec, config: Config) -> tuple[str, ...]:
     """Return what a model needs of the data, under a configuration; raises InputError for what is none of `NEEDS`."""
-    needs = spec.needs(config) if callable(spec.needs) else spec.needs
-    if isinstance(needs, str) or (wrong := [need for need in needs if need not in NEEDS]):
-        given = needs if isinstance(needs, str) else ", ".join(wrong)
+    with blaming(f"needs of model {spec.name!r}"):
+        needs = spec.needs(config) if callable(spec.needs) else spec.needs
+    is_list = isinstance(needs, (tuple, list))
+    if not is_list or (wrong := [need for need in needs if need not in NEEDS]):
+        given = ", ".join(map(str, wrong)) if is_list else needs
         raise InputError(f"{spec.name}: needs must be a tuple of {', '.join(NEEDS)}, got {given!r}")
     if {"text", "text_features"} <= set(needs):
         raise InputError(f"{spec.name}: needs may have text or text_features, not both")
@@ -52,10 +54,11 @@ class Plan:
     dataset: DatasetSpec
     config: RunConfig
     label_range: float
-    versions: Sequence[str]
-    """of the model and of each hook; what is not packaged has its source for one"""
+    versions: Mapping[str, str]
+    """of `model NAME`, of each `hook NAME`, and of `dataset NAME` where it makes its own data; what is not packaged
+    has its source for one"""
     sources: Mapping[str, str]
-    """hashes of the source of the model and of each hook, by name"""
+    """hashes of the source of the same"""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -83,7 +86,10 @@ class Plan:
         if place is not None:
             file = read_feature_file(place, label_range=self.label_range, known_sha256=self.dataset.sha256)
         else:
-            file = self.dataset.generate()  # type: ignore[misc]
+            with blaming(f"generate of dataset {self.dataset.name!r}"):
+                file = self.dataset.generate()  # type: ignore[misc]
+            if not isinstance(file, FeatureFile):
+                raise InputError(f"generate of dataset {self.dataset.name!r} must return a registry.FeatureFile")
         _check_needs(self, file)
         notes = [*file.notes, *_oddities(self, file)]
         arrays, tokens = file.splits["train"], None
@@ -108,7 +114,7 @@ class Plan:
             aligned=file.aligned,
             text_encoder=encoder,
         )
-        return Job(self, info, file, tokens)
+        return Job(self, info, file, tokens, notes)
 
     def _place(self, path: str | Path | None) -> Path | None:
         """Return where the feature file lies, None where the dataset makes its own data."""
@@ -132,6 +138,8 @@ class Job:
     info: DataInfo
     file: FeatureFile | None = None
     tokens: Mapping[str, np.ndarray] | None = None
+    notes: Sequence[str] = ()
+    """what the user should know of the data"""
 
     def split(self, name: str, device: torch.device) -> Split:
         """Return the split "train", "valid" or "test" on a device."""
@@ -147,12 +155,13 @@ class Job:
             "model": plan.name,
             "dataset": plan.dataset.name,
             "config": plan.config.as_dict(),
-            "version": plan.versions[0],
-            "hooks": dict(zip((hook.name for hook in plan.hooks), plan.versions[1:], strict=True)),
+            "version": plan.versions[f"model {plan.spec.name}"],
+            "hooks": {hook.name: plan.versions[f"hook {hook.name}"] for hook in plan.hooks},
             "precision": "fp32",
             "data": {
                 **{key: value for key, value in vars(self.info).items() if key != "text_encoder"},
                 "sha256": self.file.sha256 if self.file else None,
+                "version": plan.versions.get(f"dataset {plan.dataset.name}"),
                 "metrics": plan.metrics,
                 "sizes": {name: len(split.ids) for name, split in splits.items()},
             },
@@ -169,19 +178,20 @@ class Job:
             settings["text_encoder"]["name"] = tokens.hexdigest()
         return identity(settings)
 
-    def protocol(self) -> dict[str, str]:
-        """What every table of these results must say."""
+    def protocol(self, *, tuned: bool = True) -> dict[str, str]:
+        """What every table of these results must say; `tuned` is whether the text encoder was trained."""
         encoder, config, dataset = self.info.text_encoder, self.plan.config, self.plan.dataset
         published = dataset.label_range in (None, self.plan.label_range)
+        without = "none: the file's text features" if "text_features" in self.plan.needs else "none"
         borrowed = f" (its values for {dataset.presets_of})" if dataset.presets_of else ""
         return {
             "selection": SELECTION,
             "metrics": f"as defined for {'CH-SIMS' if self.plan.metrics == 'sims' else 'CMU-MOSI'}",
             "labels": f"within ±{self.plan.label_range:g}" + ("" if published else f", not ±{dataset.label_range:g}"),
             "data": "aligned" if self.info.aligned else "unaligned",
-            "text encoder": f"{encoder.name}, fine-tuned" if encoder else "none",
+            "text encoder": f"{encoder.name}, {'fine-tuned' if tuned else 'frozen'}" if encoder else without,
             "preset": f"{config.preset}{borrowed}" if config.preset else "none",
-            "changed settings": ", ".join(f"{k}={v}" for k, v in config.changed.items()) or "none",
+            "changed settings": ", ".join(f"{k}={as_typed(v)}" for k, v in config.changed.items()) or "none",
             "micro-batches that fill no group at an epoch's end": self._tail(),
         }
 
@@ -213,26 +223,29 @@ def make_plan(
     found = Plugins(plugins)
     name, spec, hook_specs = found.load_model(model, hooks)
     dataset_spec = found.load("dataset", dataset)
-    resolved = resolve(
-        spec,
-        hook_specs,
-        dataset_spec,
-        preset=preset,
-        file=None if config_file is None else Path(os.path.expanduser(config_file)),
-        overrides=config,
-        defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
-    )
+    with blaming(f"the configuration of model {spec.name!r}"):
+        resolved = resolve(
+            spec,
+            hook_specs,
+            dataset_spec,
+            preset=preset,
+            file=None if config_file is None else Path(os.path.expanduser(config_file)),
+            overrides=config,
+            defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
+        )
     limit = dataset_spec.label_range if label_range is None else label_range
     if limit is None:
         raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
     if not 0 < limit <= float(np.finfo(np.float32).max):
         raise InputError(f"--label-range must be a positive number, got {limit:g}")
-    entries = [found.entry("model", spec.name), *(found.entry("hook", hook.name) for hook in hook_specs)]
-    versions = [
-        part.version if entry.is_packaged else f"{part.version}+{entry.source_sha256}"
-        for part, entry in zip([spec, *hook_specs], entries, strict=True)
-    ]
-    sources = {entry.name: entry.source_sha256 for entry in entries}
+    parts: list[tuple[str, ModelSpec | HookSpec | DatasetSpec]] = [("model", spec), *(("hook", h) for h in hook_specs)]
+    if dataset_spec.generate:
+        parts.append(("dataset", dataset_spec))
+    versions, sources = {}, {}
+    for kind, part in parts:
+        entry, key = found.entry(kind, part.name), f"{kind} {part.name}"
+        sources[key] = entry.source_sha256
+        versions[key] = part.version if entry.is_packaged else f"{part.version}+{entry.source_sha256}"
     return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit), versions, sources)
 
 

@@ -69,8 +69,11 @@ class Entry:
 
     @property
     def is_packaged(self) -> bool:
-        """Whether its version says which source it is; that of a single file does not."""
-        return self.file_sha256 is None and hasattr(sys.modules[self.module], "__file__")
+        """Whether its version says which source it is; that of a single file that nobody installed does not."""
+        module = sys.modules[self.module]
+        in_package = "." in module.__name__ or hasattr(module, "__path__")
+        announced = in_package or isinstance(self.source, metadata.EntryPoint) or _is_installed(module)
+        return self.file_sha256 is None and hasattr(module, "__file__") and announced
 
     @property
     def source_sha256(self) -> str:
@@ -126,9 +129,9 @@ class Plugins:
             InputError: the name is malformed, a plugin cannot be loaded, or a hook is there already.
         """
         model, *borrowed = name.split("+")
-        extra = [*borrowed, *hooks]
+        extra = [*borrowed, *([hooks] if isinstance(hooks, str) else hooks)]
         if not model or not all(extra):
-            raise InputError(f"a model is named NAME or NAME+HOOK, got {name!r}")
+            raise InputError(f"a model is named NAME or NAME+HOOK, and a hook HOOK, got {'+'.join([model, *extra])!r}")
         spec = self.load("model", model)
         for hook in extra:
             if [*spec.hooks, *extra].count(hook) > 1:
@@ -147,16 +150,25 @@ class Plugins:
         return results
 
 
-def _distributions() -> list[tuple[str, str, metadata.EntryPoints]]:
-    """Return name, version and entry points of what is installed; one that is damaged is warned of and left out."""
-    found: dict[str, tuple[str, str, metadata.EntryPoints]] = {}
+def _distributions() -> list[tuple[str, str, list[metadata.EntryPoint]]]:
+    """Return name, version and our entry points of what is installed; one that is damaged is warned of and left out."""
+    found: dict[str, tuple[str, str, list[metadata.EntryPoint]]] = {}
     for distribution in metadata.distributions():
         try:
             name = distribution.name
-            # The first on the path is the one that is imported.
-            found.setdefault(name, (name, distribution.version or "", distribution.entry_points))
+            points = [point for point in distribution.entry_points if point.group in GROUPS.values()]
         except Exception as error:
             warnings.warn(f"an installed package's entry points cannot be read: {one_line(error)}", stacklevel=2)
+            continue
+        if name in found:  # the first on the path is the one that is imported
+            continue
+        wrong = [point for point in points if not point.pattern.match(point.value)]
+        for point in wrong:
+            warnings.warn(
+                f"{point.group} {point.name!r} of {name} is left out: {point.value!r} is not package.module:SPEC",
+                stacklevel=2,
+            )
+        found[name] = name, distribution.version or "", [point for point in points if point not in wrong]
     return list(found.values())
 
 
@@ -334,7 +346,7 @@ def _sources(path: Path) -> dict[str, tuple[Path, bytes]]:
 
     What installed plugins are made of has a version, and is left out.
     """
-    points = [point for _, _, points in _distributions() for point in points if point.group in GROUPS.values()]
+    points = [point for _, _, points in _distributions() for point in points]
     packaged = {__package__, *(point.module.partition(".")[0] for point in points)}
     found: dict[str, tuple[Path, bytes]] = {}
     waiting = {"": path}

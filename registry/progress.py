@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .contract import Training
 from .training import Epoch, Watcher
@@ -23,13 +24,19 @@ def make_watcher(console: Console | None = None) -> Iterator[Watcher]:
         return
     columns = (
         TextColumn("seed {task.fields[seed]}"),
-        BarColumn(),
+        BarColumn(max(6, min(40, console.width - 74))),  # the rest is what 80 columns have to show
         TextColumn("epoch {task.fields[epoch]}  {task.fields[figures]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        _TimeLeft(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield LiveWatcher(console, progress)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Time to the end of training if no better epoch comes; nothing while it cannot be told."""
+
+    def render(self, task: Task) -> Text:
+        return Text.assemble(super().render(task), " left") if task.time_remaining is not None else Text()
 
 
 class PlainWatcher(Watcher):
@@ -68,7 +75,9 @@ class LiveWatcher(PlainWatcher):
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.config, self.best = config, (math.inf, 0)
-        self.task = self.progress.add_task("", total=None, seed=f"{seed} ({number})", epoch=1, figures="")
+        self.task = self.progress.add_task(
+            "", total=None, seed=f"{seed} ({number.replace(' of ', '/')})", epoch=1, figures=""
+        )
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         last = min(self.config.epochs or math.inf, self.best[1] + self.config.early_stop)
@@ -77,7 +86,7 @@ class LiveWatcher(PlainWatcher):
     def epoch(self, record: Epoch) -> None:
         if record.best:
             self.best = (record.valid_mae, record.epoch)
-        best = f"best validation MAE {self.best[0]:.4f} (epoch {self.best[1]})"
+        best = f"best MAE {self.best[0]:.3f} @{self.best[1]}"
         self._update(figures=f"loss {record.train_loss:.3f}  {best}")
 
     def _update(self, **fields: object) -> None:

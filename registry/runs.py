@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .jobs import Job
+
 FINISHED = "metrics.json"
 WEIGHTS = "model.safetensors"
+_SUFFIXES = (".json", ".csv", ".txt", ".safetensors")
+"""of the files of a run folder"""
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -64,6 +69,23 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def require_no_strangers(folders: Iterable[Path]) -> None:
+    """See that what a run is to replace is a run, finished or not, and nothing of the user's.
+
+    Raises:
+        InputError: names what stands in a run's place, or what is in it and no run has written.
+    """
+    for folder in folders:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is in the place of a run folder, and is none: move it away")
+        if folder.is_dir() and (others := _strangers(folder)):
+            raise InputError(f"{folder} holds {min(others)!r}, which is not of a run, and would be lost: move it away")
+
+
+def _strangers(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir() if file.suffix not in _SUFFIXES and not file.name.startswith(".")]
 
 
 @contextmanager
@@ -133,10 +155,8 @@ def write_run(
             (temporary / f"{name}.json").write_text(json.dumps(finite(value), indent=2) + "\n", "utf-8")
 
 
-def environment(
-    device: torch.device, data_sha256: str | None, sources: Mapping[str, str], seconds: float
-) -> dict[str, Any]:
-    """Return what a result was made with: versions, device, hashes of data and source, commit, seconds."""
+def environment(device: torch.device, job: Job, started: datetime) -> dict[str, Any]:
+    """Return what a result was made with: versions, device, data file, hashes of data and source, commit, time."""
     import torch
 
     packages = ("selfmm-plugin", "torch", "transformers", "numpy", "scikit-learn", "pandas", "safetensors")
@@ -152,10 +172,12 @@ def environment(
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "data_sha256": data_sha256,
-        "sources": dict(sources),
+        "data_file": job.file and job.file.name,
+        "data_sha256": job.file and job.file.sha256,
+        "sources": dict(job.plan.sources),
         "git_commit": _git_commit(),
-        "seconds": round(seconds, 2),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 2),
     }
 
 
@@ -224,7 +246,10 @@ class Run:
         path = self.folder / f"{name}.csv"
         if not path.exists():
             raise InputError(f"the run {self.folder} has no table {name!r}")
-        return pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=[""])
+        try:
+            return pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=[""])
+        except ValueError as error:  # pandas' own errors are among them
+            raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
     @cached_property
     def model(self) -> nn.Module:
@@ -244,7 +269,8 @@ class Run:
             _, spec, hooks = plugins.load_model(settings["model"])
         except InputError as error:
             raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
-        if self.environment.get("sources", {}).get(spec.name) != plugins.entry("model", spec.name).source_sha256:
+        source = plugins.entry("model", spec.name).source_sha256
+        if (self.environment.get("sources") or {}).get(f"model {spec.name}") != source:
             warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=3)
         try:
             dataset = plugins.load("dataset", settings["dataset"])
@@ -266,7 +292,7 @@ class Run:
     def _json(self, name: str) -> dict[str, Any]:
         try:
             return json.loads((self.folder / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{self.folder} is not a finished run: {name} cannot be read ({error})") from error
 
 
@@ -297,6 +323,8 @@ def finished(folder: Path) -> bool:
             tables = list(run.summary.get("artifacts", []))
         tables += ["predictions"] * bool(run.summary["metrics"]) + ["history"] * (run.best_epoch is not None)
         whole = all(isinstance(part, dict) for part in (run.settings, run.environment, run.summary["metrics"]))
-        return whole and all((folder / f"{name}.csv").is_file() for name in tables)
+        whole = whole and isinstance(run.settings["model"], str)
+        numbers = all(value is None or isinstance(value, (int, float)) for value in run.summary["metrics"].values())
+        return whole and numbers and all((folder / f"{name}.csv").stat().st_size > 0 for name in tables)
     except (InputError, OSError, SafetensorError, AttributeError, KeyError, TypeError):
         return False

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .config import describe
+from .config import as_typed, describe
 from .contract import HookSpec, ModelSpec
 from .runs import load_run
 
@@ -56,23 +56,13 @@ def config_tables(spec: ModelSpec, hooks: Sequence[HookSpec]) -> dict[str, Rows]
     rows = describe(spec, hooks)
     tables = {
         "config keys": [
-            {"key": row.key, "type": row.type, "default": _text(row.default), "meaning": row.meaning} for row in rows
+            {"key": row.key, "type": row.type, "default": as_typed(row.default), "meaning": row.meaning} for row in rows
         ]
     }
     for preset, by_dataset in spec.presets.items():
         tables[f"preset {preset}"] = [
-            {"key": row.key, **{dataset: _text(row.presets[preset].get(dataset, "")) for dataset in by_dataset}}
+            {"key": row.key, **{dataset: as_typed(row.presets[preset].get(dataset, "")) for dataset in by_dataset}}
             for row in rows
             if row.presets.get(preset)
         ]
     return tables
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()  # as `--set` takes it
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

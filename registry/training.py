@@ -96,6 +96,14 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
     return torch.optim.Adam([group for group in param_groups if group["params"]], fused=True)
 
 
+def tunes_text(model: nn.Module, config: Any) -> bool:
+    """Whether training moves a text encoder of the model."""
+    encoders = [module for module in model.modules() if isinstance(module, TextModel)]
+    pretrained = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+    moving = [group for group in make_optimizer(model, [], config).param_groups if group["lr"] > 0]
+    return any(id(parameter) in pretrained for group in moving for parameter in group["params"])
+
+
 def train(
     model: nn.Module,
     hooks: Mapping[str, TrainingHook],
@@ -227,16 +235,11 @@ class _Step:
             nn.utils.clip_grad_value_(parameters, self.config.clip_value)
 
     def _loss(self, output: FusionOutput, batch: Any) -> Tensor:
-        truth = batch.labels["M"]
-        if output.prediction.shape != truth.shape:  # it would be broadcast
-            raise RunFailed(
-                f"the model's prediction has shape {tuple(output.prediction.shape)}, not {tuple(truth.shape)}"
-            )
         criterion = l1_loss if self.config.criterion == "l1" else mse_loss
         losses = [*output.losses.values(), *(hook.loss(output, batch) for hook in self.hooks)]
         if not all(isinstance(loss, Tensor) and loss.dim() == 0 for loss in losses):
             raise RunFailed("a loss of the model or of a hook is not a scalar tensor")
-        return criterion(output.prediction, truth) + sum(losses)
+        return criterion(output.prediction, batch.labels["M"]) + sum(losses)
 
     def _observe(self, output: FusionOutput, batch: Any, epoch: int) -> None:
         for hook in self.hooks:

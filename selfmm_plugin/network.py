@@ -79,7 +79,9 @@ class SelfMMConfig(Config):
         initials = "".join(TASKS[name] for name in info.data.get("modalities", MODALITIES))
         if value is not None and ("M" not in value or len(set(value)) < len(value) or set(value) - {"M", *initials}):
             raise ValueError(f"must be M and any of {initials}, each once")
-        return value and "".join(letter for letter in ("M", *initials) if letter in value)
+        if value is None or len(value) == 1 + len(initials):
+            return None
+        return "".join(letter for letter in ("M", *initials) if letter in value)
 
     def hook_values(self) -> dict[str, Any]:
         """Return the keys of the hook `ulgm` that follow from these."""
@@ -134,26 +136,17 @@ class SelfMM(nn.Module):
             assert data.text_encoder is not None
             self.encoders["text"] = data.text_encoder.build()
             widths["text"] = data.text_encoder.width
-        if "audio" in config.modalities:
-            self.encoders["audio"] = SequenceEncoder(
-                data.dims["audio"],
-                config.a_lstm_hidden_size,
-                config.audio_out,
-                layers=config.a_lstm_layers,
-                bidirectional=config.a_lstm_bidirectional,
-                dropout=config.a_lstm_dropout,
-            )
-            widths["audio"] = config.audio_out
-        if "vision" in config.modalities:
-            self.encoders["vision"] = SequenceEncoder(
-                data.dims["vision"],
-                config.v_lstm_hidden_size,
-                config.video_out,
-                layers=config.v_lstm_layers,
-                bidirectional=config.v_lstm_bidirectional,
-                dropout=config.v_lstm_dropout,
-            )
-            widths["vision"] = config.video_out
+        for name, initial, width in (("audio", "a", config.audio_out), ("vision", "v", config.video_out)):
+            if name in config.modalities:
+                self.encoders[name] = SequenceEncoder(
+                    data.dims[name],
+                    getattr(config, f"{initial}_lstm_hidden_size"),
+                    width,
+                    layers=getattr(config, f"{initial}_lstm_layers"),
+                    bidirectional=getattr(config, f"{initial}_lstm_bidirectional"),
+                    dropout=getattr(config, f"{initial}_lstm_dropout"),
+                )
+                widths[name] = width
         self.fusion = PredictionHead(sum(widths.values()), config.post_fusion_dim, config.post_fusion_dropout)
         self.feature_dims = {**widths, "fusion": config.post_fusion_dim}
 

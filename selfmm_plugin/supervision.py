@@ -194,7 +194,7 @@ class UlgmHook(TrainingHook):
         self.history.append({name: values.cpu().clone() for name, values in self.supervision.generator.labels.items()})
 
     def artifacts(self) -> dict[str, dict[str, Any]]:
-        """Return `labels`, every epoch's labels, and `label_agreement`, how they compare with true unimodal ones."""
+        """Return `labels`, every epoch's labels, and how those that stand agree with true unimodal ones."""
         tables: dict[str, dict[str, Any]] = {}
         if self.history:
             n = len(self.history[0]["fusion"])
@@ -206,7 +206,7 @@ class UlgmHook(TrainingHook):
         if self.human and self.generates:
             labels = {name: values.cpu() for name, values in self.supervision.generator.labels.items()}
             multimodal = labels["fusion"]
-            tables["label_agreement"] = {
+            tables["agreement_with_true_labels"] = {
                 "modality": list(self.human),
                 "Corr generated": [_correlation(labels[m], true) for m, true in self.human.items()],
                 "Corr multimodal": [_correlation(multimodal, true) for m, true in self.human.items()],
@@ -231,7 +231,7 @@ def _modalities_of(tasks: str | None, feature_dims: Mapping[str, int]) -> list[s
     wrong = [letter for letter in tasks if letter != "M" and letter not in initials]
     if "M" not in tasks or wrong or len(set(tasks)) != len(tasks):
         raise InputError(f"tasks must be M and any of {''.join(initials)}, each once, got {tasks!r}")
-    return [initials[letter] for letter in tasks if letter != "M"]
+    return [name for letter, name in initials.items() if letter in tasks]
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

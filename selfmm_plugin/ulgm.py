@@ -59,7 +59,7 @@ class _TaskMemory(nn.Module):
 
     def store(self, features: Tensor, index: Tensor, present: Tensor) -> None:
         self.features[index] = torch.where(present[:, None], features, self.features[index])
-        self.present[index] = present
+        self.present[index] = present | self.features[index].any(-1)  # what was stored before still counts
 
     def refresh_centers(self, exclude_zero: bool) -> None:
         positive = self.labels > 0 if exclude_zero else self.labels >= 0
@@ -169,7 +169,8 @@ class UnimodalLabelGenerator(nn.Module):
             features: (B, d) of every task.
             index: (B) rows in the train split.
             epoch: counts from 1; no label moves in epoch 1.
-            mask: per modality (B), False where a clip lacks it: its label stays, its features are not stored.
+            mask: per modality (B), False where a clip lacks it: its label stays, its features are not stored, and it
+                counts for a centre only by those stored before.
 
         Raises:
             ValueError: a task's features are missing or have another shape, epoch is none, or `mask` does not fit.

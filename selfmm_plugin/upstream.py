@@ -64,7 +64,7 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
 
     def rnn(name: str) -> tuple[int, int, int]:
         """Return hidden width, number of layers and input width of an upstream LSTM."""
-        layers = 1 + max(int(m[1]) for key in state if (m := re.match(rf"{name}\.rnn\.weight_ih_l(\d+)", key)))
+        layers = len({m[1] for key in state if (m := re.match(rf"{name}\.rnn\.weight_ih_l(\d+)", key))})
         rows, columns = state[f"{name}.rnn.weight_ih_l0"].shape
         return rows // 4, layers, columns
 

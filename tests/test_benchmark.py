@@ -218,7 +218,7 @@ def test_a_small_table_of_clips_is_not_averaged_over_epochs(quick, tmp_path):
     few = dict.fromkeys(("train", "valid", "test"), 3)
     result = quick(feature_file(tmp_path, sizes=few, regression_labels_T=lambda _: np.zeros(3, np.float32)))
     assert len(load_run(result.runs[0].folder).table("labels")) == 6
-    assert list(artifact_tables(result, 10)) == ["label_agreement"]
+    assert list(artifact_tables(result, 10)) == ["agreement_with_true_labels"]
 
 
 # --- source that changes
@@ -266,7 +266,7 @@ def test_a_packages_source_that_changed_is_said(quick, tmp_path, monkeypatch):
         del sys.modules[name]  # as in another process
     notes = Notes()
     assert quick(model="mean", plugins=["strangers_package.mean"], watcher=notes).runs[0].folder == folder
-    assert any("is finished already" in note and "the source of mean has changed" in note for note in notes.notes)
+    assert any("is finished already" in note and "the source of model mean has changed" in note for note in notes.notes)
     with pytest.warns(UserWarning, match="the source of mean is not what it was in the run"):
         assert load_run(folder, plugins=["strangers_package.mean"]).model
 
@@ -309,7 +309,7 @@ def test_human_supervision_trains_on_the_files_own_labels(quick, tmp_path):
     assert content == ["M", "T", "A", "V"]
     assert set(labels["text"]) <= {-2, -1, 0, 1, 2}
     assert labels.groupby("id")["text"].nunique().max() == 1
-    assert not (run.folder / "label_agreement.csv").exists()
+    assert not (run.folder / "agreement_with_true_labels.csv").exists()
 
 
 def test_human_supervision_needs_human_labels(quick):
@@ -324,7 +324,7 @@ def test_agreement_with_true_labels_is_written_where_they_are_known(quick, tmp_p
     assert run.best_epoch < len(run.history)
     chosen = run.table("labels").query(f"epoch == {run.best_epoch}")
     true = read_feature_file(data, label_range=3.0).splits["train"].labels
-    table = run.table("label_agreement").set_index("modality")
+    table = run.table("agreement_with_true_labels").set_index("modality")
     for modality, task in (("text", "T"), ("audio", "A"), ("vision", "V")):
         row = table.loc[modality]
         assert row["MAE generated"] == pytest.approx(np.abs(chosen[modality] - true[task]).mean(), abs=1e-6)
@@ -365,7 +365,7 @@ def test_keys_of_a_borrowed_hook_that_fit_no_feature(quick, tmp_path, config, me
 def test_constant_unimodal_labels_agree_with_nothing(quick, tmp_path):
     sizes = {"train": 8, "valid": 4, "test": 4}
     tenths = {split: {"regression_labels_T": np.full(n, 0.1, np.float32)} for split, n in sizes.items()}
-    table = load_run(quick(feature_file(tmp_path, **tenths)).runs[0].folder).table("label_agreement")
+    table = load_run(quick(feature_file(tmp_path, **tenths)).runs[0].folder).table("agreement_with_true_labels")
     assert table["Corr multimodal"].tolist() == table["Corr generated"].tolist() == [0.0]
 
 

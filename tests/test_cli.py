@@ -99,7 +99,7 @@ def test_the_agreement_of_generated_labels_is_printed(benchmark, command, tmp_pa
     }
     command[command.index("--data") + 1] = feature_file(tmp_path, name="human.pkl", **human)
     _, out, _ = benchmark(*command)
-    for word in ("label agreement", "Corr generated", "Corr multimodal", "text", "audio", "vision"):
+    for word in ("agreement with true labels", "Corr generated", "Corr multimodal", "text", "audio", "vision"):
         assert word in out
 
 

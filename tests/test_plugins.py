@@ -15,7 +15,7 @@ from registry import DatasetSpec, HookSpec, InputError, ModelSpec, TrainingHook,
 from registry.plugins import Entry, Plugins
 from selfmm_plugin.plugin import SELF_MM, ULGM
 
-MODEL = 'from registry import ModelSpec\nSPEC = ModelSpec(name="{0}", summary="{0} of {1}", build=None)\n'
+MODEL = 'from registry import ModelSpec\nSPEC = ModelSpec(name="{0}", summary="{0} of {1}", build=print)\n'
 KINDS = {"model": ModelSpec, "hook": HookSpec, "dataset": DatasetSpec}
 Install = Callable[..., None]
 
@@ -135,7 +135,7 @@ def test_a_subclass_does_not_inherit_its_parents_name(install):
 @pytest.mark.parametrize(
     ("kind", "group", "code"),
     [
-        ("hook", "mmsa.hooks", "from registry import HookSpec as S\nSPEC = S(name='mine', summary='', build=None)"),
+        ("hook", "mmsa.hooks", "from registry import HookSpec as S\nSPEC = S(name='mine', summary='', build=print)"),
         (
             "dataset",
             "mmsa.datasets",
@@ -212,7 +212,7 @@ def test_an_interrupt_while_importing_is_not_swallowed(install):
 @pytest.mark.parametrize(
     "value",
     [
-        "HookSpec(name='mine', summary='', build=None)",
+        "HookSpec(name='mine', summary='', build=print)",
         "'mine'",
         "3",
         "None",
@@ -434,7 +434,7 @@ def test_register_model_gives_a_class_its_own_spec():
 
 TWO = """
     from registry import HookSpec, ModelSpec, TrainingHook
-    A = ModelSpec(name="a", summary="", build=None, hooks=("own",))
+    A = ModelSpec(name="a", summary="", build=print, hooks=("own",))
     OWN, B, C = (HookSpec(name=name, summary="", build=TrainingHook) for name in ("own", "b", "c"))
 """
 
@@ -549,7 +549,7 @@ def test_an_unchanged_neighbour_is_one_module_for_all_files(tmp_path):
     (tmp_path / "neighbour_of_two.py").write_text("class Shared: pass")
     for name in "ab":
         code = f"from neighbour_of_two import Shared\n{MODEL.format(name, name)}"
-        (tmp_path / f"{name}.py").write_text(code.replace("build=None", "build=Shared"))
+        (tmp_path / f"{name}.py").write_text(code.replace("build=print", "build=Shared"))
     plugins = Plugins([str(tmp_path / "a.py"), str(tmp_path / "b.py")])
     assert plugins.load("model", "a").build is plugins.load("model", "b").build
 

@@ -73,7 +73,7 @@ def test_config_and_environment(trained):
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == metadata.version("torch")
     assert environment["data_sha256"] == settings["data"]["sha256"]
-    assert environment["sources"].keys() == {"self_mm", "ulgm"}
+    assert environment["sources"].keys() == {"model self_mm", "hook ulgm"}
     assert str(data.parent) not in (run.folder / "config.json").read_text()
 
 
@@ -318,7 +318,7 @@ def test_the_metrics_and_the_hooks_version_are_in_the_hash(tmp_path, encoder):
         hook = tmp_path / "noop.py"
         hook.write_text(
             "from registry import HookSpec, TrainingHook\n"
-            f"NOOP = HookSpec(name='noop', summary='', build=None, version={version!r})\n"
+            f"NOOP = HookSpec(name='noop', summary='', build=print, version={version!r})\n"
         )
         plan = make_plan("self_mm+noop", "six", plugins=[str(facts), str(hook)])
         return plan.read(feature_file(tmp_path), str(encoder), Watcher()).identity()

@@ -24,7 +24,7 @@ def test_the_demo_runs_in_three_minutes_and_learns(empty_folder):
     (run,) = json.loads(done.stdout)["runs"]
     assert run["metrics"]["Corr"] > 0.85
     assert run["metrics"]["MAE"] < 0.5
-    agreement = registry.load_run(run["folder"]).table("label_agreement").set_index("modality")
+    agreement = registry.load_run(run["folder"]).table("agreement_with_true_labels").set_index("modality")
     assert agreement.loc["text", "Corr generated"] > agreement.loc["text", "Corr multimodal"]
 
 

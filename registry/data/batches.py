@@ -91,10 +91,12 @@ def _last_real(mask: np.ndarray) -> np.ndarray:
 
 
 def output_of(model: nn.Module, batch: Batch) -> FusionOutput:
-    """Return a model's output; raises RunFailed where it is none."""
+    """Return a model's output; raises RunFailed where it is none, or has not one prediction a clip."""
     output = model(batch)
     if not isinstance(output, FusionOutput):
         raise RunFailed(f"the model's forward returned a {type(output).__name__}, not a registry.FusionOutput")
+    if output.prediction.shape != (len(batch),):  # it would be broadcast
+        raise RunFailed(f"the model's prediction has shape {tuple(output.prediction.shape)}, not ({len(batch)},)")
     return output
 
 

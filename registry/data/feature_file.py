@@ -83,7 +83,9 @@ def read_feature_file(path: Path, *, label_range: float, known_sha256: Mapping[s
     try:
         splits, aligned = check.file(load_pickle(path))
     except MemoryError:
-        raise InputError(f"{path} does not fit into memory ({path.stat().st_size / 1e9:.1f} GB)") from None
+        raise InputError(
+            f"{path} does not fit into memory ({path.stat().st_size / 1e9:.1f} GB), or is damaged"
+        ) from None
     if check.faults:
         raise InputError(_listing(path, check.faults))
     published = (known_sha256 or {}).get(path.name)
@@ -196,9 +198,8 @@ class _Check:
         except ValueError:  # not Unicode
             rows = None
         if not isinstance(rows, list) or not rows:
-            self.fault(
-                where, "a list of strings", _describe(rows) if rows is None else f"{_describe(rows)} of length 0"
-            )
+            empty = isinstance(rows, list | str) and not rows
+            self.fault(where, "a list of strings", f"{_describe(rows)}{' of length 0' if empty else ''}")
             return None
         rows = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
         allowed = str | bytes if where.endswith("raw_text") else str | bytes | int | float
@@ -256,7 +257,7 @@ class _Check:
             self.fault(
                 where,
                 f"labels from {-self.label_range:g} to {self.label_range:g}",
-                f"{labels[wrong[0]]:g} at {clip}{count}",
+                f"{labels[wrong[0]]:.8g} at {clip}{count}",
             )
         return labels
 

@@ -140,7 +140,14 @@ def load_pickle(path: Path) -> Any:
         raise InputError(f"{path} is empty, expected a pickled feature file")
     try:
         with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise InputError(
+                    f"{path} is a zip archive (as .npz and .pth files are), expected a pickled feature file"
+                )
+            file.seek(0)
             return _Unpickler(file, encoding="latin1").load()
+    except InputError:
+        raise
     except _RefusedError as error:
         asked = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 from collections import Counter
@@ -46,7 +47,7 @@ class TextEncoder:
     source: str | None
     """folder of config, tokenizer and weights, for a hub name in the hub's cache; None for random weights"""
     config: Mapping[str, Any] = field(hash=False)
-    """the Hugging Face config"""
+    """the Hugging Face config, as in `config.json`"""
     width: int
     """hidden size: the width of a token's features"""
     max_tokens: int
@@ -58,7 +59,7 @@ class TextEncoder:
     def from_config(cls, config: Mapping[str, Any], name: str = "random") -> TextEncoder:
         """Return an encoder of random weights, to be loaded from a checkpoint, from a Hugging Face config."""
         tokens = config.get("max_position_embeddings", 512)
-        return cls(name, None, config, width=config["hidden_size"], max_tokens=tokens, sha256="")
+        return cls(name, None, config, width=_hugging_face(config).hidden_size, max_tokens=tokens, sha256="")
 
     def build(self) -> TextModel:
         """Return the encoder in float32, with the weights in `source`.
@@ -68,10 +69,10 @@ class TextEncoder:
         Raises:
             InputError: the weights do not fit the configuration, or some are missing.
         """
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
         if self.source is None:
-            return TextModel(AutoModel.from_config(AutoConfig.for_model(**self.config)).float())
+            return TextModel(AutoModel.from_config(_hugging_face(self.config)).float())
         try:
             with _quiet():
                 model, loading = AutoModel.from_pretrained(self.source, output_loading_info=True, **_LOCAL)
@@ -111,6 +112,13 @@ class TextModel(nn.Module):
         """Return the last hidden state (B, L, width) of tokens (B, L)."""
         options = {"token_type_ids": segments} if self.takes_segments else {}
         return self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+
+
+def _hugging_face(config: Mapping[str, Any]) -> Any:
+    """Return the config as transformers' object: it has what a `config.json` may leave out or call otherwise."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
 
 
 @contextmanager
@@ -163,7 +171,9 @@ def _describe(name: str, folder: Path, sha256: str) -> TextEncoder:
         positions = getattr(config, "max_position_embeddings", None) or 512
         if config.model_type in _ROBERTA_LIKE:  # positions are counted from behind the padding id
             positions -= (config.pad_token_id or 0) + 1
-        settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_SETTINGS}
+        written = json.loads((folder / "config.json").read_text("utf-8"))
+        # Not transformers' own reading of it, which has other keys from version to version.
+        settings = {"model_type": config.model_type} | {k: v for k, v in written.items() if k not in _NOT_SETTINGS}
         encoder = TextEncoder(name, str(folder), settings, width, positions, sha256)
         limit = encoder.tokenizer().model_max_length
     except Exception as error:  # transformers raises all kinds for files that it cannot use
@@ -246,7 +256,7 @@ def tokenise(
     has_text = all(split.raw_text is not None for split in splits.values())
     if not has_ids and not has_text:
         raise InputError(f"{file.name} has neither text_bert nor raw_text, one of which text encoders need")
-    vocabulary = encoder.config.get("vocab_size") or float("inf")
+    vocabulary = getattr(_hugging_face(encoder.config), "vocab_size", None) or float("inf")
     fits = has_ids and all(_fits(split, encoder, vocabulary) for split in splits.values())
     if not has_text:
         if default_encoder:
