@@ -266,7 +266,7 @@ class Run:
         settings = self.settings
         plugins = Plugins(self.plugins)
         try:
-            _, spec, hooks = plugins.load_model(settings["model"])
+            _, spec, hooks = plugins.load_model(str(settings.get("model")))
         except InputError as error:
             raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
         source = plugins.entry("model", spec.name).source_sha256
@@ -323,7 +323,6 @@ def finished(folder: Path) -> bool:
             tables = list(run.summary.get("artifacts", []))
         tables += ["predictions"] * bool(run.summary["metrics"]) + ["history"] * (run.best_epoch is not None)
         whole = all(isinstance(part, dict) for part in (run.settings, run.environment, run.summary["metrics"]))
-        whole = whole and isinstance(run.settings["model"], str)
         numbers = all(value is None or isinstance(value, (int, float)) for value in run.summary["metrics"].values())
         return whole and numbers and all((folder / f"{name}.csv").stat().st_size > 0 for name in tables)
     except (InputError, OSError, SafetensorError, AttributeError, KeyError, TypeError):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import resolve
 from .contract import Batch, DataInfo, DatasetSpec, FusionOutput, HookSpec, ModelSpec
-from .data.batches import Split, predict
+from .data.batches import Split
 from .data.feature_file import SplitArrays
 from .data.text import TextEncoder
 from .errors import BenchmarkError
@@ -194,7 +194,7 @@ class _Case:
             raise _Fault(f"parameter_groups leaves out {', '.join(left[:3])}")
 
     def company(self) -> None:
-        together = predict(self.model, self.split)
+        together = self._evaluate(self.split.batch(self.rows))
         alone = torch.cat([self._evaluate(self.split.batch(self.rows[i : i + 1])) for i in range(_N)])
         padded = self._evaluate(self._untrimmed())
         for what, other in (("alone", alone), ("padded to the file's length", padded)):

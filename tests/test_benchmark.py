@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -709,3 +710,114 @@ def test_the_protocol_names_changed_settings(quick):
     assert "label_range=2.0" in changed
     assert "epochs=2" in changed
     assert "early_stop" not in changed
+
+
+def test_another_source_of_a_dataset_is_another_run(tmp_path, encoder):
+    file = tmp_path / "mine.py"
+    text = """
+from registry import DatasetSpec
+from registry.data.demo import generate
+
+def make():
+    made = generate()
+    for split in made.splits.values():
+        split.audio *= {scale}
+    return made
+
+SPEC = DatasetSpec(name="mine", summary="", label_range=3.0, generate=make)
+"""
+    folders = []
+    for scale in (1, 5, 5):
+        file.write_text(text.format(scale=scale))
+        options = {
+            "text_encoder": encoder,
+            "runs": tmp_path / "runs",
+            "plugins": [file],
+            "config": QUICK | {"epochs": 1},
+        }
+        folders.append(registry.run("self_mm", "mine", **options).folder)
+    assert folders[0] != folders[1] == folders[2]
+
+
+def test_a_lone_module_in_the_working_folder_is_told_apart_by_its_source(quick, tmp_path, monkeypatch, empty_folder):
+    file = Path(plugin(empty_folder, "return FusionOutput(self.linear(mean)[:, 0])", "lone_mean"))
+    first = quick(model="lone_mean", plugins=["lone_mean"]).folder
+    del sys.modules["lone_mean"]  # as in another process
+    file.write_text(file.read_text().replace("[:, 0]", "[:, 0] * 2.0"))
+    assert quick(model="lone_mean", plugins=["lone_mean"]).folder != first
+    monkeypatch.delitem(sys.modules, "lone_mean")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ModelSpec(name='m', summary='', build=print, needs=lambda c: c.typo)", "needs of model 'm' fails: Attribute"),
+        ("ModelSpec(name='m', summary='', build=print, needs=5)", "needs must be a tuple of .*, got 5"),
+        (
+            "ModelSpec(name='m', summary='', build=print, hooks='ulgm')",
+            "ModelSpec: hooks: Input should be a valid tuple",
+        ),
+        ("ModelSpec(name='m', summary='', build=print, hook=())", "ModelSpec: hook: Unexpected keyword"),
+        (
+            "ModelSpec(name='m', summary='', build=print, hooks=('ulgm',), hook_config=lambda c: 1 / 0)",
+            "the configuration of model 'm' fails: ZeroDivisionError",
+        ),
+    ],
+)
+def test_faults_of_a_spec_say_whose_they_are(quick, tmp_path, spec, message):
+    (tmp_path / "m.py").write_text(f"from registry import ModelSpec\nSPEC = {spec}\n")
+    with pytest.raises(InputError, match=message):
+        quick(model="m", plugins=[tmp_path / "m.py"])
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [("lambda: exit(0)", "fails: SystemExit: 0"), ("lambda: 5", "must return a registry.Feature")],
+)
+def test_faults_of_a_generated_dataset_say_whose_they_are(tmp_path, encoder, generate, message):
+    spec = f"SPEC = DatasetSpec(name='mine', summary='', label_range=3.0, generate={generate})"
+    (tmp_path / "mine.py").write_text(f"from registry import DatasetSpec\n{spec}\n")
+    with pytest.raises(InputError, match=f"generate of dataset 'mine' {message}"):
+        registry.run("self_mm", "mine", text_encoder=encoder, plugins=[tmp_path / "mine.py"], runs=tmp_path / "runs")
+
+
+def test_a_model_may_do_what_it_likes_with_its_facts_and_the_working_folder(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = "import os; os.chdir('/'); return FusionOutput(self.linear(mean)[:, 0])"
+    file = Path(plugin(tmp_path, body))
+    file.write_text(file.read_text().replace("__init__()\n", "__init__()\n        data.dims['fusion'] = object()\n"))
+    result = quick(model="mean", plugins=[file], seeds=[1, 2], runs=Path("here").absolute().relative_to(tmp_path))
+    for run in result.ok:
+        assert load_run(run.folder).settings["data"]["dims"] == {"audio": 5}
+    assert len(result.ok) == 2
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_what_is_not_of_a_run_is_never_replaced(quick, is_file):
+    target = quick().runs[0].folder
+    if is_file:
+        shutil.rmtree(target)
+        target.write_text("precious")
+    else:
+        (target / "notes.md").write_text("precious")
+    with pytest.raises(InputError, match="move it away"):
+        quick(force=True)
+    assert (target if is_file else target / "notes.md").read_text() == "precious"
+
+
+def test_the_protocol_says_whether_text_is_frozen(quick):
+    assert quick().protocol["text encoder"].endswith(", fine-tuned")
+    frozen = quick(config={"learning_rate_bert": 0.0})
+    assert frozen.protocol["text encoder"].endswith(", frozen")
+    assert quick(config={"learning_rate_bert": 0.0}).protocol == frozen.protocol  # found, not trained
+
+
+def test_one_setting_is_one_run(quick):
+    assert quick(config={"tasks": "MTAV"}).folder == quick().folder
+
+
+def test_numpys_numbers_and_one_hook_by_name_are_accepted(quick, tmp_path):
+    assert quick(config={"epochs": np.int64(2)}).folder == quick().folder
+    with pytest.raises(InputError, match="always trained with it"):
+        quick(hooks="ulgm")

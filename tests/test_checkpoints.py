@@ -165,3 +165,25 @@ def test_a_model_that_imports_none(tmp_path, place):
     )
     with pytest.raises(InputError, match="model 'mean' cannot import checkpoints"):
         import_checkpoint("mean", tmp_path / "x.pth", "mosi", plugins=[str(tmp_path / "mean.py")])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("audio_model.rnn.weight_ih_l0", torch.zeros(4)),
+        ("audio_model.linear_1.weight", torch.tensor(0.0)),
+        ("text_model.model.embeddings.word_embeddings.weight", torch.tensor(0.0)),
+        ("audio_model.rnn.weight_ih_l99999", torch.zeros(4, 4)),
+    ],
+)
+def test_tensors_of_nonsensical_shapes_and_names(tmp_path, state, place, name, tensor):
+    state[f"Model.{name}"] = tensor
+    with pytest.raises(InputError, match=r"importing .* fails|does not fit self_mm"):
+        import_checkpoint("self_mm", save(tmp_path, state), "trace", **place)
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_a_file_in_the_place_of_the_folder_of_runs(tmp_path, state, place):
+    (tmp_path / "runs").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        import_checkpoint("self_mm", save(tmp_path, state), "trace", **place)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from registry import contract
-from registry.config import config_class, describe, parse_settings, resolve
+from registry.config import as_typed, config_class, describe, parse_settings, resolve
 from registry.contract import Config, DatasetSpec, HookSpec, ModelSpec, Training
 from registry.data.catalog import DEMO, MOSEI, MOSI, SIMS, SIMSV2
 from registry.errors import InputError
@@ -425,3 +425,34 @@ def test_every_key_of_self_mm_changes_the_network_its_groups_or_the_hook(key, en
 
     before = getattr(settle(overrides={"a_lstm_layers": 2, "v_lstm_layers": 2}).model, key)
     assert built(**{key: others[type(before)](before)}) != built()
+
+
+def test_the_word_none_of_a_choice():
+    assert settle(overrides=parse_settings(["scheduler=none"])).model.scheduler == "none"
+    assert settle(overrides=parse_settings(["clip_value=none"])).model.clip_value is None
+
+
+def test_a_key_that_stands_twice_in_a_file(tmp_path):
+    (tmp_path / "twice.json").write_text('{"batch_size": 8, "batch_size": 4}')
+    assert "'batch_size' stands in it twice" in refusal(file=tmp_path / "twice.json")
+
+
+def test_another_models_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "tfn+ulgm", "preset": "x", "config": {}}')
+    assert "is of a run of tfn+ulgm, not of self_mm" in refusal(file=tmp_path / "config.json")
+
+
+def test_an_empty_preset_is_none_that_is_known():
+    assert "unknown preset of self_mm ''" in refusal(preset="")
+
+
+@pytest.mark.parametrize("key", ["hook.tasks", "hook.head_dims.text"])
+def test_keys_that_follow_from_the_models_own(key):
+    refused = refusal(overrides={key: "MT"})
+    assert "follows from the model's own keys" in refused or "did you mean 'tasks'" in refused
+
+
+@pytest.mark.parametrize("value", [True, None, 0.005, 1e-5, "x", ("a", "b"), {"a": 1}])
+def test_values_as_they_are_typed(value):
+    expected = {True: "true", None: "none", 0.005: "0.005", 1e-5: "1e-05", "x": "x", ("a", "b"): "a,b"}
+    assert as_typed(value) == ("a 1" if isinstance(value, dict) else expected[value])

@@ -484,3 +484,13 @@ def test_real_file(name, label_range, sizes):
     assert tuple(len(split.ids) for split in file.splits.values()) == sizes
     assert file.notes == []
     assert set(file.splits["test"].labels) == set("MTAV" if name == "sims_labels" else "M")
+
+
+def test_an_archive_is_called_one(tmp_path):
+    np.savez(tmp_path / "features.npz", audio=np.zeros(3))
+    assert "is a zip archive" in refusal(tmp_path / "features.npz")
+
+
+def test_a_label_a_little_out_of_range_is_told_apart(tmp_path):
+    path = feature_file(tmp_path, regression_labels=lambda labels: labels * 0 + np.float32(3.00001))
+    assert "from -3 to 3, found 3.00001 at clip" in refusal(path)

@@ -635,3 +635,16 @@ def test_a_plugin_that_leaves_by_an_exception_of_its_own(install):
     install("stranger", code, mine="stranger:SPEC")
     with pytest.raises(InputError, match="cannot be used: Panic: deep"):
         Plugins().load("model", "mine")
+
+
+@pytest.mark.parametrize("value", ["foo.mod:Model [x] y", "", "not a module"])
+def test_a_malformed_entry_point_is_named_and_left_out(tmp_path, monkeypatch, value):
+    folder = tmp_path / "foo-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: foo\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[mmsa.models]\nfoo = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="mmsa.models 'foo' of foo is left out"):
+        names = [entry.name for entry in Plugins().entries("model")]
+    assert "self_mm" in names
+    assert "foo" not in names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def test_tables_speak_of_clips_by_id(trained):
     assert labels["epoch"].tolist() == [1] * 8 + [2] * 8
     first = labels[labels["epoch"] == 1]
     np.testing.assert_array_equal(first["text"], first["fusion"])
-    assert len(run.history) == len((run.folder / "log.txt").read_text().splitlines()) == 2
+    note, *epochs = (run.folder / "log.txt").read_text().splitlines()
+    assert note.startswith("raw_text was tokenised for")
+    assert len(run.history) == len(epochs) == 2
 
 
 def test_metrics_are_those_of_the_predictions(trained):
@@ -162,6 +165,8 @@ def finish(folder: Path) -> None:
         *(("config.json", content) for content in ("{", "[]", "")),
         *(("environment.json", content) for content in ("{", "[]", "")),
         ("metrics.json", '{"metrics": {}}'),
+        ("metrics.json", '{"metrics": {"MAE": "x"}, "best_epoch": null}'),
+        ("metrics.json", "[" * 100_000),
         ("metrics.json", '{"metrics": {}, "best_epoch": null, "artifacts": ["absent"]}'),
         ("metrics.json", '{"metrics": {"MAE": 1.0}, "best_epoch": null}'),  # without predictions
         ("metrics.json", '{"metrics": {}, "best_epoch": 3}'),  # without history
@@ -193,7 +198,7 @@ def test_a_run_that_lacks_a_file_is_not_finished(tmp_path, name):
     ("change", "reason"),
     [
         ({"data": {}}, "KeyError"),
-        ({"text_encoder": {"config": {"model_type": "nonsense"}, "name": ""}}, "KeyError"),
+        ({"text_encoder": {"config": {"model_type": "nonsense"}, "name": ""}}, "ValueError"),
         ({"config": {"post_fusion_dim": 7}}, "RuntimeError: .*size mismatch"),
     ],
 )
@@ -386,3 +391,42 @@ def test_a_model_that_is_not_packaged_says_how_to_load_it(tmp_path):
     (tmp_path / "config.json").write_text('{"model": "mine"}')
     with pytest.raises(InputError, match=r"unknown model 'mine'.*loaded with plugins=\[…\]"):
         _ = load_run(tmp_path).model
+
+
+def test_a_model_with_another_kind_of_encoder_loads_too(tmp_path):
+    """DistilBERT's config calls the width `dim`."""
+    result = registry.run(
+        "self_mm",
+        "custom",
+        data=feature_file(tmp_path),
+        text_encoder=str(tiny_encoder(tmp_path / "distil", kind="distil")),
+        label_range=3.0,
+        runs=tmp_path / "runs",
+        config={"epochs": 1},
+    )
+    run = load_run(result.runs[0].folder)
+    assert run.model.encoders["text"].model.config.dim == 8
+    assert run.settings["text_encoder"]["config"]["model_type"] == "distilbert"
+
+
+def test_the_notes_on_the_data_are_kept(trained):
+    environment = trained[0].environment
+    assert environment["data_file"] == "features.pkl"
+    assert datetime.fromisoformat(environment["started"]).tzinfo is not None
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n1,2,3\n", b"id\n\xff\xfe"])
+def test_a_table_that_cannot_be_read(tmp_path, content):
+    finish(tmp_path)
+    (tmp_path / "labels.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"labels\.csv cannot be read"):
+        load_run(tmp_path).table("labels")
+
+
+def test_a_run_without_the_rows_of_a_table_is_not_finished(tmp_path):
+    finish(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"metrics": {"MAE": 1.0}, "best_epoch": null}')
+    (tmp_path / "predictions.csv").write_text("id\n")
+    assert finished(tmp_path)
+    (tmp_path / "predictions.csv").write_text("")
+    assert not finished(tmp_path)

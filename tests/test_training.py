@@ -12,7 +12,7 @@ from torch import nn
 from registry import FusionOutput, Rates, RunFailed, TextEncoder, Training, TrainingHook
 from registry.data.batches import Split
 from registry.data.feature_file import SplitArrays
-from registry.training import Epoch, Watcher, make_optimizer, train
+from registry.training import Epoch, Watcher, make_optimizer, train, tunes_text
 from tests.helpers import TINY_BERT
 
 CPU = torch.device("cpu")
@@ -327,3 +327,38 @@ def test_a_text_encoder_has_a_rate_of_its_own():
     assert encoder["weight_decay"] == rest["weight_decay"] == 0.1
     assert encoder["params"] == list(model.encoder.parameters())
     assert rest["params"] == [*model.linear.parameters(), *hook.parameters()]
+
+
+def test_the_train_loss_is_a_mean_over_micro_batches():
+    splits, model = make_splits(16), fresh()
+    batches = [splits["train"].batch(rows) for rows in torch.arange(16).split(4)]
+    expected = np.mean([float((model(b).prediction - b.labels["M"]).detach().abs().mean()) for b in batches])
+    outcome = fit(model, splits, epochs=1, update_epochs=4)  # one update, after the last loss
+    assert outcome.history[0].train_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_little_better_is_better_and_errors_are_not_clipped():
+    splits = make_splits()
+    assert fit(Scripted(splits, [0.3, 0.3 - 1e-5]), splits, epochs=2).best_epoch == 2
+    assert fit(Scripted(splits, [4.0, 3.5]), splits, epochs=2).best_epoch == 2
+
+
+@pytest.mark.parametrize("wrong", [lambda p: p[:, None], lambda p: p[:-1], lambda p: torch.cat([p, p])])
+def test_a_prediction_of_wrong_shape_is_refused_in_evaluation_too(wrong):
+    class Wrong(Linear):
+        def forward(self, batch) -> FusionOutput:
+            prediction = super().forward(batch).prediction
+            return FusionOutput(prediction if self.training else wrong(prediction))
+
+    with pytest.raises(RunFailed, match=r"prediction has shape \(\d+(, 1|,)\), not \(8,\)"):
+        fit(Wrong(), make_splits())
+
+
+def test_whether_a_text_encoder_is_tuned():
+    model = fresh()
+    assert not tunes_text(model, Config())
+    model.encoder = TextEncoder.from_config(TINY_BERT).build()
+    assert tunes_text(model, Rates())
+    assert not tunes_text(model, Rates(learning_rate_bert=0.0))
+    model.encoder.requires_grad_(False)
+    assert not tunes_text(model, Rates())

@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from selfmm_plugin.supervision import UnimodalSupervision
+from registry import DataInfo, TrainingData
+from selfmm_plugin.supervision import UlgmConfig, UlgmHook, UnimodalSupervision
 from selfmm_plugin.ulgm import DISTANCES, UnimodalLabelGenerator
 
 LABELS = torch.tensor([2.0, 1.0, -1.0, -2.0, 0.0])
@@ -355,3 +356,48 @@ def test_autocast_does_not_lower_the_precision_of_the_centres() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast.update(features, ALL, 1)
     assert torch.equal(plain.centers["speech"][0], cast.centers["speech"][0])
+
+
+def test_what_was_stored_before_a_clip_lost_a_modality_still_counts() -> None:
+    made = filled()
+    made.update({"fusion": line([3]), "speech": line([99])}, torch.tensor([0]), 1, {"speech": torch.tensor([False])})
+    assert [float(c) for c in made.centers["speech"]] == [1, -1]
+
+
+def test_a_mask_reaches_the_generator_through_loss_and_observe() -> None:
+    made, features = supervision(), some_features()
+    mask = {"speech": torch.arange(5) != 1}
+    for epoch in (1, 2, 3):
+        made.loss(features, ALL, mask)
+        made.observe(ALL, epoch)
+    memory = made.generator.memory["speech"]
+    assert memory.labels[1] == LABELS[1]
+    assert not memory.features[1].any()
+    assert memory.features[0].any()
+    assert memory.labels[0] != LABELS[0]
+
+
+def hook(**keys) -> UlgmHook:
+    info = DataInfo("test", {}, {}, 5, 3.0, ("M",), False, None)
+    return UlgmHook(UlgmConfig(**keys), TrainingData({"M": LABELS}, info), {"audio": 2, "text": 4, "fusion": 3})
+
+
+def test_every_key_of_the_hook_reaches_its_place() -> None:
+    made = hook(
+        label_range=1.5,
+        distance="cosine",
+        exclude_zero=False,
+        head_dims={"text": 7},
+        head_dropouts={"text": 0.4},
+    ).supervision
+    assert made.generator.label_range == 1.5
+    assert made.generator.distance is DISTANCES["cosine"]
+    assert made.generator.exclude_zero is False
+    assert made.heads["text"].layer_1.out_features == 7
+    assert made.heads["text"].dropout.p == 0.4
+    assert hook().supervision.generator.label_range == 3.0
+
+
+def test_the_order_of_the_hooks_tasks_means_nothing() -> None:
+    assert list(hook(tasks="MTA").supervision.heads) == list(hook(tasks="AMT").supervision.heads) == ["audio", "text"]
+    assert list(hook(tasks="MT").supervision.heads) == ["text"]
