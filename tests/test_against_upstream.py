@@ -52,9 +52,12 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random BERT that upstream loads as if it were pretrained."""
-    folder = tmp_path_factory.mktemp("bert")
-    BertModel(BertConfig(**BERT)).save_pretrained(folder)
+    return write_bert(tmp_path_factory.mktemp("bert"), BERT)
+
+
+def write_bert(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write a tiny random BERT that upstream loads as if it were pretrained."""
+    BertModel(BertConfig(**config)).save_pretrained(folder)
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad\n")
     BertTokenizer(str(vocabulary)).save_pretrained(folder)
@@ -192,6 +195,28 @@ def test_unimodal_heads(bert: Path, seed: int) -> None:
         assert_close(head(features[name]), (expected[letter].view(-1), expected[f"Feature_{letter.lower()}"]))
 
 
+@torch.no_grad()
+def test_dropout_has_upstream_s_distribution(tmp_path: Path) -> None:
+    """Dropout draws other numbers here, so means and spreads over many draws of two clips are compared."""
+    shaky = {**BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    dropouts = {"post_fusion_dropout": 0.1, "post_text_dropout": 0.3, "post_audio_dropout": 0.2}
+    model, draws = upstream_model(write_bert(tmp_path, shaky), 0, **dropouts), 20_000
+    once = random_batch(0, 2, 6, aligned=False)
+    batch = Batch(
+        **{name: value.repeat_interleave(draws, dim=0) for name, value in vars(once).items() if torch.is_tensor(value)}
+    )
+    network, ulgm, _ = with_upstream_s_weights(model, as_ours(train_split()), shaky, H=3.0, **dropouts)
+    theirs = run_upstream(model.train(), batch)
+    output = network.train()(batch)
+    ours = {"fusion": output.prediction, **ulgm.supervision.train().predict(output.features)}
+    for letter, name in TASKS.items():
+        a, b = ours[name].view(2, draws), theirs[letter].view(2, draws)
+        noise = (a.var(1) / draws + b.var(1) / draws).sqrt()
+        assert a.std(1).min() > 0 or name == "vision", name  # which has no dropout
+        assert ((a.mean(1) - b.mean(1)).abs() <= 4 * noise + 1e-6).all(), name
+        torch.testing.assert_close(a.std(1), b.std(1), rtol=0.04, atol=1e-6, msg=name)
+
+
 # ULGM
 
 
@@ -311,8 +336,10 @@ def as_ours(split: Mapping[str, Any]) -> Split:
     return Split(arrays, split["text_bert"], torch.device("cpu"), train=True)
 
 
-def with_upstream_s_weights(model: AMIO, train: Split, **changes: Any) -> tuple[SelfMM, UlgmHook, ModelConfig]:
-    start, encoder = translate(model.state_dict()), TextEncoder.from_config(BERT)
+def with_upstream_s_weights(
+    model: AMIO, train: Split, bert: Mapping[str, Any] = BERT, **changes: Any
+) -> tuple[SelfMM, UlgmHook, ModelConfig]:
+    start, encoder = translate(model.state_dict()), TextEncoder.from_config(bert)
     config = ModelConfig(tail="drop", **SIZES, **{**TRAINING, **changes})
     data = DataInfo("upstream", start.dims, {}, len(train), config.label_range, ("M",), False, encoder)
     network = SelfMM(config, data)
