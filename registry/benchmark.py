@@ -178,7 +178,7 @@ def run(
                 f"seed {seed}: its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
             )
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
-        protocol = saved.summary["protocol"]
+        protocol = saved.summary.get("protocol", protocol)
     return Result(plan.name, plan.dataset.name, done, folder, protocol)
 
 

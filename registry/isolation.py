@@ -24,7 +24,7 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(os.chdir, os.getcwd())  # relative paths must mean what they did
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())

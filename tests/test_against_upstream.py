@@ -311,7 +311,21 @@ class Recorded:
         self.passes.append([])
         for batch in self.loader:
             self.passes[-1].append(batch["index"].view(-1))
+            torch.manual_seed(seed_of(batch["index"].view(-1)))
             yield batch
+
+
+def seed_of(rows: Tensor) -> int:
+    """Return a seed for the dropout of a micro-batch."""
+    return hash(tuple(rows.tolist())) % 2**32
+
+
+class Seeded(Split):
+    """Gives each micro-batch the dropout that `Recorded` gives it."""
+
+    def batch(self, rows: Tensor) -> Batch:
+        torch.manual_seed(seed_of(rows))
+        return super().batch(rows)
 
 
 class Snapshots(SELF_MM):
@@ -330,10 +344,10 @@ def train_split() -> dict[str, Any]:
     return split
 
 
-def as_ours(split: Mapping[str, Any]) -> Split:
+def as_ours(split: Mapping[str, Any], made: type[Split] = Split) -> Split:
     arrays = {name: np.asarray(split[name]) for name in ("audio", "audio_lengths", "vision", "vision_lengths")}
     arrays = SplitArrays(ids=split["id"], labels={"M": split["regression_labels"]}, **arrays)
-    return Split(arrays, split["text_bert"], torch.device("cpu"), train=True)
+    return made(arrays, split["text_bert"], torch.device("cpu"), train=True)
 
 
 def with_upstream_s_weights(
@@ -354,11 +368,34 @@ def with_upstream_s_weights(
 def test_training(
     bert: Path, tmp_path: Path, size: int, exclude_zero: bool, label_range: float, per_sample: bool
 ) -> None:
-    split, epochs = train_split(), 3
-    file = write_features(tmp_path / "features.pkl", {"train": split, "valid": split, "test": split})
     changes = {"update_epochs": size, "excludeZero": exclude_zero, "H": label_range}
-    model, train = upstream_model(bert, 0), as_ours(split)
-    network, ulgm, config = with_upstream_s_weights(model, train, **changes)
+    follow_upstream(train_split(), bert, BERT, tmp_path, per_sample, **changes)
+
+
+def test_training_with_the_same_dropout(tmp_path: Path) -> None:
+    """Where all clips are of one length, both sides draw the same dropout from the same seeds."""
+    split = train_split()
+    split["text_bert"][:, 1] = 1
+    split["audio_lengths"], split["vision_lengths"] = [6] * 22, [4] * 22
+    shaky = {**BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    dropouts = {"post_fusion_dropout": 0.1, "post_text_dropout": 0.3, "post_audio_dropout": 0.2}
+    options = {"update_epochs": 2, "excludeZero": True, "H": 3.0, **dropouts}
+    follow_upstream(split, write_bert(tmp_path, shaky), shaky, tmp_path, False, **options)
+
+
+def follow_upstream(
+    split: dict[str, Any],
+    bert: Path,
+    config_of_bert: Mapping[str, Any],
+    tmp_path: Path,
+    per_sample: bool,
+    **changes: Any,
+) -> None:
+    """Train both sides from the same weights, and compare after every epoch."""
+    epochs, size = 3, changes["update_epochs"]
+    file = write_features(tmp_path / "features.pkl", {"train": split, "valid": split, "test": split})
+    model, train = upstream_model(bert, 0, **changes), as_ours(split, Seeded)
+    network, ulgm, config = with_upstream_s_weights(model, train, config_of_bert, **changes)
     args = arguments(custom_feature=str(file), train_samples=len(train), early_stop=epochs, **changes)
     loaders = MMDataLoader(args, 0)
     order = loaders["train"] = Recorded(loaders["train"])
