@@ -494,3 +494,18 @@ def test_an_archive_is_called_one(tmp_path):
 def test_a_label_a_little_out_of_range_is_told_apart(tmp_path):
     path = feature_file(tmp_path, regression_labels=lambda labels: labels * 0 + np.float32(3.00001))
     assert "from -3 to 3, found 3.00001 at clip" in refusal(path)
+
+
+def test_a_small_file_that_unfolds_to_billions_is_refused_at_once(tmp_path):
+    bomb: list = [1.0]
+    for _ in range(3):
+        bomb = [bomb] * 3000
+    path = feature_file(tmp_path, audio=lambda audio: bomb)
+    assert path.stat().st_size < 300_000
+    assert "repeats parts of itself" in refusal(path)
+
+
+def test_rows_that_are_one_object_are_fine(tmp_path):
+    row = [[0.0] * 5] * 6
+    file = read(feature_file(tmp_path, audio=lambda audio: [row] * len(audio)))
+    assert not file.splits["train"].audio.any()

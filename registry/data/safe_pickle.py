@@ -13,6 +13,9 @@ import numpy as np
 
 from registry.errors import InputError
 
+_MOST_ITEMS = 50_000_000
+"""in lists; arrays are one item each"""
+
 
 class _RefusedError(Exception):
     """The file asks for something that is not admitted."""
@@ -145,7 +148,10 @@ def load_pickle(path: Path) -> Any:
                     f"{path} is a zip archive (as .npz and .pth files are), expected a pickled feature file"
                 )
             file.seek(0)
-            return _Unpickler(file, encoding="latin1").load()
+            content = _Unpickler(file, encoding="latin1").load()
+            if _items(content, {}) > max(path.stat().st_size, _MOST_ITEMS):
+                raise InputError(f"{path} repeats parts of itself beyond any feature file's size")
+            return content
     except InputError:
         raise
     except _RefusedError as error:
@@ -161,6 +167,22 @@ def load_pickle(path: Path) -> Any:
         raise InputError(
             f"{path} is not a pickle, or is damaged or cut short ({type(error).__name__}): fetch it again"
         ) from None
+
+
+def _items(value: Any, known: dict[int, int]) -> int:
+    """Return how many items a value has once what stands in it several times is written out."""
+    if isinstance(value, Array) and value.value is not None and value.value.dtype.hasobject:
+        parts = value.value.ravel().tolist()
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = value
+    else:
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1  # while it is counted: it may hold itself
+        known[id(value)] = 1 + sum(_items(part, known) for part in parts)
+    return known[id(value)]
 
 
 def plain(value: Any, depth: int = 0) -> Any:
