@@ -80,12 +80,9 @@ def require_no_strangers(folders: Iterable[Path]) -> None:
     for folder in folders:
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(f"{folder} is in the place of a run folder, and is none: move it away")
-        if folder.is_dir() and (others := _strangers(folder)):
+        shown = [file for file in folder.iterdir() if file.name[0] != "."] if folder.is_dir() else []
+        if others := [file.name for file in shown if file.suffix not in _SUFFIXES]:
             raise InputError(f"{folder} holds {min(others)!r}, which is not of a run, and would be lost: move it away")
-
-
-def _strangers(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir() if file.suffix not in _SUFFIXES and not file.name.startswith(".")]
 
 
 @contextmanager

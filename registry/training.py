@@ -83,8 +83,7 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
         param_groups = [dict(group) for group in grouped(config)]
     else:
         rates = {key: getattr(config, key, field.default) for key, field in Rates.model_fields.items()}
-        encoders = [module for module in model.modules() if isinstance(module, TextModel)]
-        pretrained = {parameter: None for encoder in encoders for parameter in encoder.parameters()}
+        pretrained = _text_parameters(model)
         others = [parameter for parameter in model.parameters() if parameter not in pretrained]
         param_groups = [
             {"params": list(pretrained), "lr": rates["learning_rate_bert"], "weight_decay": rates["weight_decay"]},
@@ -96,12 +95,17 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
     return torch.optim.Adam([group for group in param_groups if group["params"]], fused=True)
 
 
+def _text_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """Return the parameters of a model's text encoders, in their order."""
+    encoders = [module for module in model.modules() if isinstance(module, TextModel)]
+    return {parameter: None for encoder in encoders for parameter in encoder.parameters()}
+
+
 def tunes_text(model: nn.Module, config: Any) -> bool:
     """Whether training moves a text encoder of the model."""
-    encoders = [module for module in model.modules() if isinstance(module, TextModel)]
-    pretrained = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+    pretrained = _text_parameters(model)
     moving = [group for group in make_optimizer(model, [], config).param_groups if group["lr"] > 0]
-    return any(id(parameter) in pretrained for group in moving for parameter in group["params"])
+    return any(parameter in pretrained for group in moving for parameter in group["params"])
 
 
 def train(

@@ -48,6 +48,9 @@ TRAINING = {
     **{"learning_rate_other": 1e-3, "weight_decay_bert": 1e-2, "weight_decay_audio": 1e-2},
     **{"weight_decay_video": 2e-2, "weight_decay_other": 1e-1, "batch_size": 4, "update_epochs": 2},
 }
+SHAKY = {**BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+DROPOUTS = {"post_fusion_dropout": 0.1, "post_text_dropout": 0.3, "post_audio_dropout": 0.2}
+"""For the tests that are about dropout; the others compare without."""
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +201,12 @@ def test_unimodal_heads(bert: Path, seed: int) -> None:
 @torch.no_grad()
 def test_dropout_has_upstream_s_distribution(tmp_path: Path) -> None:
     """Dropout draws other numbers here, so means and spreads over many draws of two clips are compared."""
-    shaky = {**BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
-    dropouts = {"post_fusion_dropout": 0.1, "post_text_dropout": 0.3, "post_audio_dropout": 0.2}
-    model, draws = upstream_model(write_bert(tmp_path, shaky), 0, **dropouts), 20_000
+    model, draws = upstream_model(write_bert(tmp_path, SHAKY), 0, **DROPOUTS), 20_000
     once = random_batch(0, 2, 6, aligned=False)
     batch = Batch(
         **{name: value.repeat_interleave(draws, dim=0) for name, value in vars(once).items() if torch.is_tensor(value)}
     )
-    network, ulgm, _ = with_upstream_s_weights(model, as_ours(train_split()), shaky, H=3.0, **dropouts)
+    network, ulgm, _ = with_upstream_s_weights(model, as_ours(train_split()), SHAKY, H=3.0, **DROPOUTS)
     theirs = run_upstream(model.train(), batch)
     output = network.train()(batch)
     ours = {"fusion": output.prediction, **ulgm.supervision.train().predict(output.features)}
@@ -377,10 +378,8 @@ def test_training_with_the_same_dropout(tmp_path: Path) -> None:
     split = train_split()
     split["text_bert"][:, 1] = 1
     split["audio_lengths"], split["vision_lengths"] = [6] * 22, [4] * 22
-    shaky = {**BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
-    dropouts = {"post_fusion_dropout": 0.1, "post_text_dropout": 0.3, "post_audio_dropout": 0.2}
-    options = {"update_epochs": 2, "excludeZero": True, "H": 3.0, **dropouts}
-    follow_upstream(split, write_bert(tmp_path, shaky), shaky, tmp_path, False, **options)
+    options = {"update_epochs": 2, "excludeZero": True, "H": 3.0, **DROPOUTS}
+    follow_upstream(split, write_bert(tmp_path, SHAKY), SHAKY, tmp_path, False, **options)
 
 
 def follow_upstream(

@@ -143,17 +143,10 @@ def load_pickle(path: Path) -> Any:
         raise InputError(f"{path} is empty, expected a pickled feature file")
     try:
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                raise InputError(
-                    f"{path} is a zip archive (as .npz and .pth files are), expected a pickled feature file"
-                )
+            is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            content = _Unpickler(file, encoding="latin1").load()
-            if _items(content, {}) > max(path.stat().st_size, _MOST_ITEMS):
-                raise InputError(f"{path} repeats parts of itself beyond any feature file's size")
-            return content
-    except InputError:
-        raise
+            content = None if is_zip else _Unpickler(file, encoding="latin1").load()
+        items = _items(content, {})
     except _RefusedError as error:
         asked = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"
         raise InputError(
@@ -167,6 +160,11 @@ def load_pickle(path: Path) -> Any:
         raise InputError(
             f"{path} is not a pickle, or is damaged or cut short ({type(error).__name__}): fetch it again"
         ) from None
+    if is_zip:
+        raise InputError(f"{path} is a zip archive (as .npz and .pth files are), expected a pickled feature file")
+    if items > max(path.stat().st_size, _MOST_ITEMS):
+        raise InputError(f"{path} repeats parts of itself beyond any feature file's size")
+    return content
 
 
 def _items(value: Any, known: dict[int, int]) -> int:
