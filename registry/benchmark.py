@@ -145,8 +145,9 @@ def run(
         plugins=plugins,
     )
     place = _device(device)
-    job = plan.read(data, text_encoder, watcher)
-    folder = Path(os.path.expanduser(runs)) / plan.name / plan.dataset.name / job.identity()
+    root = Path(os.path.expanduser(runs))
+    job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache")
+    folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
     require_no_strangers(target for target in wanted if force or not finished(target))
     done: list[SeedRun] = []
@@ -258,6 +259,7 @@ def _train_seed(
         "metrics": metrics,
         "best_epoch": outcome.best_epoch,
         "valid_mae": outcome.history[outcome.best_epoch - 1].valid_mae,
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "protocol": job.protocol(tuned=tunes_text(model, plan.config.model)),
         "artifacts": list(tables),
     }

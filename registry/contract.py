@@ -38,8 +38,12 @@ class Training(Config):
     )
     clip_value: float | None = Field(None, gt=0, description="gradients are clipped to this absolute value")
     scheduler: Literal["none", "plateau"] = Field(
-        "none", description="plateau halves the learning rate when the validation MAE stalls"
+        "none", description="plateau lowers the learning rate when the validation MAE stalls"
     )
+    scheduler_patience: int | None = Field(
+        None, ge=0, description="epochs that plateau waits for a better validation MAE; half of early_stop by default"
+    )
+    scheduler_factor: float = Field(0.5, gt=0, lt=1, description="what plateau multiplies the learning rate by")
     early_stop: int = Field(8, ge=1, description="epochs without a better validation MAE before training ends")
     epochs: int | None = Field(None, ge=1, description="most epochs to train; no cap by default")
     tail: Literal["step", "drop"] = Field("step", description="update on an epoch's incomplete last group, or drop it")
@@ -98,9 +102,9 @@ class Batch:
     text_segments: Tensor | None = None
     """(B, L)"""
     text: Tensor | None = None
-    """(B, Lt, d) precomputed text features, for models that need `"text_features"`"""
+    """(B, Lt, d) features of a frozen text encoder, for models that need `"text_features"`"""
     text_lengths: Tensor | None = None
-    """(B) 1…Lt, where the file says which tokens they are of: else they are as the file pads them"""
+    """(B) 1…Lt; None where a file has text features and does not say which tokens they are of"""
     audio: Tensor | None = None
     """(B, La, da)"""
     audio_lengths: Tensor | None = None
@@ -184,7 +188,8 @@ class TrainingHook(nn.Module):
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return tables `{name: {column: sequence or array of values}}` to save with the run as `NAME.csv`.
 
-        A column `index` (train rows) is written as the clips' ids; other small tables are also printed.
+        A column `index` (train rows) is written as the clips' ids; small tables without it and without a column `epoch`
+        are also printed. `benchmark labels` reads `labels`, `label_movement` and `true_labels` (see labels.py).
         """
         return {}
 
@@ -210,8 +215,11 @@ class ModelSpec:
         hooks: names of hooks the model is always trained with.
         hook_config: `hook_config(config) -> dict` of `hook.…` defaults derived from the model's own keys.
         needs: what the data must have, and all that the model gets of its inputs: `"text"` (tokens), `"audio"`,
-            `"vision"`, `"text_features"`; also `"alignment"`, or tasks such as `"T"`.
+            `"vision"`, `"text_features"` (the file's own or, where a text encoder is named or the file has none, the
+            states of a frozen one); also `"alignment"`, `"padding"` (batches as long as the file's arrays, for a model
+            whose results depend on it), or tasks such as `"T"`.
         per_sample: no batch statistics and no clipping inside a group: a group may run as one forward.
+        tuned_for: the text encoder that the presets were published for, as `"BERT-base, frozen"`.
         import_checkpoint: `import_checkpoint(state)` translates a foreign state dict into a dict of `"config"` (keys
             read off its shapes), `"dims"` (feature widths), `"model"` and `"hooks"` (state dicts, hooks by name).
         version: part of a run's identity; raise it when the same config starts to mean another model.
@@ -227,6 +235,7 @@ class ModelSpec:
     hook_config: Callable[[Any], dict[str, Any]] | None = None
     needs: SkipValidation[tuple[str, ...] | Callable[[Any], tuple[str, ...]]] = ()
     per_sample: bool = False
+    tuned_for: str = ""
     import_checkpoint: Callable[..., Any] | None = None
     citation: str = ""
     url: str = ""
@@ -235,12 +244,16 @@ class ModelSpec:
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class HookSpec:
-    """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`."""
+    """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`.
+
+    `excludes` are the hooks that no model can have besides it, each with the reason.
+    """
 
     name: str
     summary: str
     build: Callable[..., TrainingHook]
     config: type[Config] = Config
+    excludes: Mapping[str, str] = field(default_factory=dict)
     version: str = "1"
 
 

@@ -20,13 +20,14 @@ from .config import RunConfig, as_typed, resolve
 from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.batches import Split, arrays_of
 from .data.feature_file import FeatureFile, read_feature_file
-from .data.text import TextEncoder, find_text_encoder, tokenise
+from .data.text import TextEncoder, find_text_encoder, tokenise, with_frozen_text
 from .errors import InputError, blaming
 from .plugins import Plugins
 from .runs import identity
 from .training import Watcher
 
-NEEDS = ("text", "text_features", "audio", "vision", "alignment", "T", "A", "V")
+NEEDS = ("text", "text_features", "audio", "vision", "alignment", "padding", "T", "A", "V")
+CPU = torch.device("cpu")
 SELECTION = "the epoch with the lowest validation MAE; test is read once"
 
 
@@ -72,17 +73,28 @@ class Plan:
 
     def find_encoder(self, name: str | None) -> TextEncoder | None:
         """Return the text encoder by name, or the dataset's own; None for a model that reads no text."""
-        if "text" not in self.needs:
+        if not {"text", "text_features"} & set(self.needs):
             return None
         chosen = name or self.dataset.text_encoder
         if chosen is None:
             raise InputError(f"dataset {self.dataset.name!r} needs --text-encoder: minilm, a hub name or a folder")
         return find_text_encoder(chosen)
 
-    def read(self, path: str | Path | None, text_encoder: str | None, watcher: Watcher) -> Job:
-        """Read the feature file, check it against what the model needs, and tokenise its text."""
+    def read(
+        self,
+        path: str | Path | None,
+        text_encoder: str | None,
+        watcher: Watcher,
+        *,
+        device: torch.device = CPU,
+        cache: Path | None = None,
+    ) -> Job:
+        """Read the feature file, check it against what the model needs, and tokenise its text.
+
+        Text features of a frozen encoder are computed on `device` and kept below the folder `cache`.
+        """
         place = self._place(path)
-        encoder = self.find_encoder(text_encoder)
+        encoder = self.find_encoder(text_encoder) if "text" in self.needs or text_encoder else None
         if place is not None:
             file = read_feature_file(place, label_range=self.label_range, known_sha256=self.dataset.sha256)
         else:
@@ -92,14 +104,20 @@ class Plan:
                 raise InputError(f"generate of dataset {self.dataset.name!r} must return a registry.FeatureFile")
         _check_needs(self, file)
         notes = [*file.notes, *_oddities(self, file)]
-        arrays, tokens = file.splits["train"], None
-        read = arrays_of(self.needs)
-        dims = {name: getattr(arrays, name).shape[2] for name in read}
-        lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in read}
+        tokens = None
+        if "text_features" in self.needs and file.splits["train"].text is None:
+            encoder = encoder or self.find_encoder(None)
         if encoder:
             default = self.dataset.text_encoder
             tokens, more = tokenise(file, encoder, default_encoder=default, keep_alignment="alignment" in self.needs)
             notes += more
+        if encoder and tokens and "text_features" in self.needs:
+            file = with_frozen_text(file, tokens, encoder, device, cache)
+        arrays = file.splits["train"]
+        read = arrays_of(self.needs)
+        dims = {name: getattr(arrays, name).shape[2] for name in read}
+        lengths = {name: max(getattr(split, name).shape[1] for split in file.splits.values()) for name in read}
+        if tokens and encoder and "text" in self.needs:
             dims["text"] = encoder.width
             lengths["text"] = max(made.shape[2] for made in tokens.values())
         for note in notes:
@@ -144,7 +162,7 @@ class Job:
     def split(self, name: str, device: torch.device) -> Split:
         """Return the split "train", "valid" or "test" on a device."""
         assert self.file is not None
-        tokens = self.tokens[name] if self.tokens else None
+        tokens = self.tokens[name] if self.tokens and "text" in self.plan.needs else None
         return Split(self.file.splits[name], tokens, device, train=name == "train", needs=self.plan.needs)
 
     def settings(self) -> dict[str, Any]:
@@ -182,7 +200,7 @@ class Job:
         """What every table of these results must say; `tuned` is whether the text encoder was trained."""
         encoder, config, dataset = self.info.text_encoder, self.plan.config, self.plan.dataset
         published = dataset.label_range in (None, self.plan.label_range)
-        without = "none: the file's text features" if "text_features" in self.plan.needs else "none"
+        without = "the file's text features, frozen" if "text_features" in self.plan.needs else "none"
         borrowed = f" (its values for {dataset.presets_of})" if dataset.presets_of else ""
         return {
             "selection": SELECTION,
@@ -258,8 +276,8 @@ def _oddities(plan: Plan, file: FeatureFile) -> list[str]:
         for name, clips, size in found
         if clips != size
     ]
-    train = file.splits["train"]
-    silent = [name for name in arrays_of(plan.needs) if not np.ptp(getattr(train, name))]
+    arrays = {name: getattr(file.splits["train"], name) for name in arrays_of(plan.needs)}
+    silent = [name for name, array in arrays.items() if array is not None and not np.ptp(array)]
     return notes + [f"{name} says nothing: train has one value throughout" for name in silent]
 
 
@@ -270,13 +288,13 @@ def _check_needs(plan: Plan, file: FeatureFile) -> None:
             if not file.aligned or ("text_features" in plan.needs and train.text_lengths is None):
                 raise InputError(f"{name} needs word-aligned features, and {file.name} is not aligned")
         elif need in ("text", "text_features", "audio", "vision"):
-            has_tokens = train.text_bert is not None or train.raw_text is not None
-            absent = not has_tokens if need == "text" else getattr(train, need.removesuffix("_features")) is None
-            if absent:
+            has_text = train.text_bert is not None or train.raw_text is not None
+            has_text |= need == "text_features" and train.text is not None
+            if not has_text if need.startswith("text") else getattr(train, need) is None:
                 hint = (
                     " (leave it out with --set modalities=…)" if "modalities" in plan.spec.config.model_fields else ""
                 )
-                key = {"text": "text_bert or raw_text", "text_features": "text"}.get(need, need)
+                key = {"text": "text_bert or raw_text", "text_features": "text, text_bert or raw_text"}.get(need, need)
                 raise InputError(f"{name} needs {need}, and {file.name} has no key {key}{hint}")
-        elif need not in train.labels:
+        elif need != "padding" and need not in train.labels:
             raise InputError(f"{name} needs labels {need!r}, and {file.name} has only {', '.join(train.labels)}")

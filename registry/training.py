@@ -137,8 +137,10 @@ def train(
     optimizer = make_optimizer(model, list(hooks.values()), config)
     scheduler = None
     if config.scheduler == "plateau":
-        patience = config.early_stop // 2
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)
+        patience = config.early_stop // 2 if config.scheduler_patience is None else config.scheduler_patience
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=config.scheduler_factor, patience=patience
+        )
     step_of_group = _Step(model, list(hooks.values()), config, splits["train"], optimizer, per_sample)
     truth = splits["valid"].labels["M"]
     outcome = Outcome(0, [] if history is None else history)

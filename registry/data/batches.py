@@ -29,7 +29,8 @@ class Split:
         tokens: (N, 3, L) token ids, mask and segments made for the text encoder in use, or None.
         device: where the tensors live.
         train: whether batches show labels and row numbers; outside training a model sees neither.
-        needs: which of `"audio"`, `"vision"` and `"text_features"` (the file's `text`) batches carry.
+        needs: which of `"audio"`, `"vision"` and `"text_features"` batches carry; with `"padding"` they are not
+            trimmed.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Split:
 
         self.train = train
         self.device = device
+        self.trims = "padding" not in needs
         self.labels = {task: torch.from_numpy(values).to(device) for task, values in arrays.labels.items()}
         self._tokens = None if tokens is None else put(tokens)
         given = arrays_of(needs)
@@ -67,11 +69,13 @@ class Split:
         tensors: dict[str, Any] = {}
         if self._tokens is not None:
             assert self._token_lengths is not None
-            tokens = self._tokens[at, :, : self._token_lengths[host].max()]
+            longest = self._token_lengths[host].max() if self.trims else None
+            tokens = self._tokens[at, :, :longest]
             tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}
         for name, sequence in self._sequences.items():
             lengths = self._lengths.get(name)
-            tensors[name] = sequence[at] if lengths is None else sequence[at, : lengths[host].max()]
+            longest = lengths[host].max() if self.trims and lengths is not None else None
+            tensors[name] = sequence[at, :longest]
         tensors |= {name: lengths[at] for name, lengths in self._device_lengths.items()}
         if self.train:
             return Batch(index=at, labels={task: values[at] for task, values in self.labels.items()}, **tensors)

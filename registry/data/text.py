@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from registry.data.feature_file import FeatureFile, SplitArrays, file_sha256
@@ -30,6 +34,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 """SHA-256 of model.safetensors in version 0.1.0 of the package"""
 
 _SAMPLE = 32
+_ENCODED_AT_ONCE = 64
 _SAME_VOCABULARY = 0.9
 _HUB_SECONDS = 5
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -365,3 +370,71 @@ def _tokens_of(texts: list[str], tokenizer: Any, encoder: TextEncoder) -> np.nda
 def _all_upper(file: FeatureFile) -> bool:
     texts = [text for split in file.splits.values() for text in split.raw_text or []]
     return all(text == text.upper() for text in texts) and any(text != text.lower() for text in texts)
+
+
+def with_frozen_text(
+    file: FeatureFile,
+    tokens: Mapping[str, np.ndarray],
+    encoder: TextEncoder,
+    device: torch.device,
+    cache: Path | None,
+) -> FeatureFile:
+    """Return the file with the encoder's last hidden states, in evaluation mode, for its text features.
+
+    Args:
+        file: the data.
+        tokens: int64 (N, 3, L) by split, made for the encoder.
+        encoder: whose states are wanted.
+        device: where they are computed.
+        cache: a folder that keeps them, for the next time they are wanted; or None.
+    """
+    key = hashlib.sha256(json.dumps([encoder.sha256, encoder.config], sort_keys=True).encode())
+    for name, made in tokens.items():
+        key.update(f"{name}{made.shape}".encode() + made.tobytes())
+    kept = cache / f"text-{key.hexdigest()[:24]}.safetensors" if cache else None
+    states = _load(kept) or _states(tokens, encoder, device)
+    if kept and not kept.exists():
+        _keep(states, kept)
+    splits = {}
+    for name, split in file.splits.items():
+        lengths = tokens[name][:, 1].sum(axis=1)
+        real = np.arange(lengths.max()) < lengths[:, None]
+        padded = np.zeros((*real.shape, encoder.width), dtype=np.float32)
+        padded[real] = states[name]
+        splits[name] = replace(split, text=padded, text_lengths=lengths)
+    return replace(file, splits=splits)
+
+
+@torch.no_grad()
+def _states(tokens: Mapping[str, np.ndarray], encoder: TextEncoder, device: torch.device) -> dict[str, np.ndarray]:
+    """Return each split's states of real tokens, clip after clip: float32 (tokens, width)."""
+    model = encoder.build().to(device).eval()
+    states = {}
+    for name, split in tokens.items():
+        lengths = split[:, 1].sum(axis=1)
+        by_clip: list[np.ndarray] = [np.empty(0)] * len(split)
+        order = np.argsort(-lengths, kind="stable")
+        for start in range(0, len(order), _ENCODED_AT_ONCE):
+            rows = order[start : start + _ENCODED_AT_ONCE]
+            ids, mask, segments = torch.from_numpy(split[rows, :, : lengths[rows].max()]).to(device).unbind(1)
+            made = model(ids, mask, segments).cpu().numpy()
+            for row, of_clip in zip(rows, made, strict=True):
+                by_clip[row] = of_clip[: lengths[row]]
+        states[name] = np.concatenate(by_clip)
+    return states
+
+
+def _load(path: Path | None) -> dict[str, np.ndarray] | None:
+    try:
+        return load_file(path) if path else None
+    except (OSError, SafetensorError):  # not there, or damaged: it is computed again
+        return None
+
+
+def _keep(states: dict[str, np.ndarray], path: Path) -> None:
+    """Write a cache file whole or not at all; what cannot be kept is computed again next time."""
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            save_file(states, Path(folder) / path.name)
+            os.replace(Path(folder) / path.name, path)
