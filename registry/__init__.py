@@ -13,8 +13,8 @@ from typing import Any
 
 _HOME = {
     "registry.contract": (
-        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec Rates Training TrainingData TrainingHook "
-        "register_model"
+        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec PublishedResult PublishedResults Rates "
+        "Training TrainingData TrainingHook register_model"
     ),
     "registry.errors": "BenchmarkError InputError RunFailed",
     "registry.benchmark": "Result run",

@@ -33,7 +33,7 @@ app = typer.Typer(
 # A pipe has no width; rich would fold tables to 80 columns.
 out = Console(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 120)
 err = Console(stderr=True)
-KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook"}
+KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook", "published": "published"}
 SMALL_TABLE = 10
 """A run's tables of at most this many rows are printed."""
 
@@ -236,7 +236,7 @@ def _table(rows: Sequence[dict[str, str]], *, fold: bool) -> tuple[Table, int]:
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="models, datasets or hooks")] = "models",
+    kind: Annotated[str, typer.Argument(help="models, datasets, hooks or published (results)")] = "models",
     check: Annotated[bool, typer.Option("--check", help="Import each, and show its summary or its failure.")] = False,
     plugin: Plugin = [],
     as_json: AsJson = False,

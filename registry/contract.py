@@ -286,6 +286,44 @@ class DatasetSpec:
     version: str = "1"
 
 
+@pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class PublishedResult:
+    """A model's published figures on one dataset.
+
+    Args:
+        source: where they stand.
+        kind: the model's own paper, MMSA's table, or somebody's repetition.
+        metrics: names as in `registry.metrics`; accuracies and F1 scores are fractions, MAE is in label units.
+        std: spread over seeds of some of the metrics.
+        data_setting: None where the source does not say.
+        text_encoder: as `ModelSpec.tuned_for`; empty where the source does not say.
+        seeds: how many the figures are a mean of; None where the source does not say.
+        second_hand: read in another publication than the one that they are from.
+    """
+
+    source: str
+    kind: Literal["paper", "upstream", "re-run"]
+    dataset: str
+    model: str
+    metrics: Mapping[str, float]
+    std: Mapping[str, float] = field(default_factory=dict)
+    task: Literal["regression", "classification"] = "regression"
+    data_setting: Literal["aligned", "unaligned"] | None = None
+    text_encoder: str = ""
+    seeds: int | None = None
+    note: str = ""
+    second_hand: bool = False
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class PublishedResults:
+    """Figures that others have published, to stand beside one's own; found through entry points in `mmsa.published`."""
+
+    name: str
+    summary: str
+    results: tuple[PublishedResult, ...]
+
+
 def register_model(name: str, *, summary: str = "", **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Describe a class `Model(config, data)` as a model: `@register_model("name", summary=…)`; options as `ModelSpec`.
 

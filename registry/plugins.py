@@ -1,11 +1,12 @@
-"""Finding models, datasets and hooks: entry points of installed packages, and files given with `--plugin`.
+"""Finding models, datasets, hooks and published results: entry points of packages, and files given with `--plugin`.
 
     plugins = Plugins(["my_model.py"])
     plugins.entries("model")              # names, distributions, versions; nothing is imported
     plugins.load("model", "self_mm")      # imports one
 
-An entry point is `name = "package.module:SPEC"` in the group `mmsa.models`, `mmsa.datasets` or `mmsa.hooks`.
-SPEC is a `ModelSpec`, `DatasetSpec` or `HookSpec`, or a class that `register_model` gave one.
+An entry point is `name = "package.module:SPEC"` in the group `mmsa.models`, `mmsa.datasets`, `mmsa.hooks` or
+`mmsa.published`. SPEC is a `ModelSpec`, `DatasetSpec`, `HookSpec` or `PublishedResults`, or a class that
+`register_model` gave one.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ from typing import Any
 
 from .errors import InputError, one_line, unknown
 
-GROUPS = {"model": "mmsa.models", "dataset": "mmsa.datasets", "hook": "mmsa.hooks"}
+GROUPS = {
+    "model": "mmsa.models",
+    "dataset": "mmsa.datasets",
+    "hook": "mmsa.hooks",
+    "published": "mmsa.published",
+}
 NAME = r"[A-Za-z0-9][\w.-]{0,99}"
 """What plugins and tables may be called: their names become those of folders and files."""
-_SPECS = {"model": "ModelSpec", "dataset": "DatasetSpec", "hook": "HookSpec"}
+_SPECS = {"model": "ModelSpec", "dataset": "DatasetSpec", "hook": "HookSpec", "published": "PublishedResults"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Plugins:
         self._given = [entry for file in once.values() for entry in _entries_of_file(file)]
 
     def entries(self, kind: str) -> list[Entry]:
-        """Return every plugin of a kind ("model", "dataset", "hook"), by name; nothing is imported."""
+        """Return every plugin of a kind ("model", "dataset", "hook", "published"), by name; nothing is imported."""
         installed = {
             Entry(point.name, name, version, point.value, point.module, point)
             for name, version, points in _distributions()
@@ -273,9 +279,8 @@ def _entries_of_file(given: str) -> list[tuple[str, Entry]]:
         id(spec): spec for name, value in vars(module).items() if _kind_of(spec := _spec_of(value)) and name[0] != "_"
     }
     if not specs:
-        raise InputError(
-            f"plugin {given} holds no ModelSpec, DatasetSpec or HookSpec, and no class with @register_model"
-        )
+        kinds = ", ".join(_SPECS.values())
+        raise InputError(f"plugin {given} holds no {kinds} and no class with @register_model")
     return [
         (str(_kind_of(spec)), Entry(spec.name, "--plugin", "", given, module.__name__, spec, sha256))
         for spec in specs.values()

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from registry import DatasetSpec, HookSpec, InputError, ModelSpec, TrainingHook, register_model
+from registry import DatasetSpec, HookSpec, InputError, ModelSpec, PublishedResults, TrainingHook, register_model
 from registry.plugins import Entry, Plugins
 from selfmm_plugin.plugin import SELF_MM, ULGM
 
 MODEL = 'from registry import ModelSpec\nSPEC = ModelSpec(name="{0}", summary="{0} of {1}", build=print)\n'
-KINDS = {"model": ModelSpec, "hook": HookSpec, "dataset": DatasetSpec}
+KINDS = {"model": ModelSpec, "hook": HookSpec, "dataset": DatasetSpec, "published": PublishedResults}
 Install = Callable[..., None]
 
 
@@ -141,9 +141,14 @@ def test_a_subclass_does_not_inherit_its_parents_name(install):
             "mmsa.datasets",
             "from registry import DatasetSpec as S\nSPEC = S(name='mine', summary='', label_range=3.0, metrics='mosi')",
         ),
+        (
+            "published",
+            "mmsa.published",
+            "from registry import PublishedResults as S\nSPEC = S(name='mine', summary='', results=())",
+        ),
     ],
 )
-def test_hooks_and_datasets_join_likewise(install, kind, group, code):
+def test_hooks_datasets_and_published_results_join_likewise(install, kind, group, code):
     install("stranger", code, group=group, mine="stranger:SPEC")
     assert "mine" in names(kind)
     assert "mine" not in names("model")
@@ -398,7 +403,7 @@ def test_a_file_that_fails_leaves_no_module_behind(plugin_file, code):
 def test_a_file_without_a_spec(plugin_file):
     # A private name and the class ModelSpec itself are no announcement.
     file = plugin_file(MODEL.format("mine", "file").replace("SPEC =", "_SPEC ="))
-    assert refusal("mine", files=(file,)).startswith(f"plugin {file} holds no ModelSpec, DatasetSpec or HookSpec")
+    assert refusal("mine", files=(file,)).startswith(f"plugin {file} holds no ModelSpec, DatasetSpec, HookSpec")
 
 
 def test_a_dotted_module(tmp_path, monkeypatch):
