@@ -19,7 +19,20 @@ from torch import Tensor, nn
 from registry import Batch, Config, FusionOutput, InputError, TrainingData, TrainingHook
 
 from .heads import PredictionHead
-from .ulgm import Distance, UnimodalLabelGenerator
+from .ulgm import (
+    Bound,
+    Centers,
+    Combination,
+    Distance,
+    Membership,
+    Momentum,
+    Relative,
+    UnimodalLabelGenerator,
+    Weighting,
+    growing_momentum,
+    module_key,
+    ratio_and_difference,
+)
 
 TASKS = {"text": "T", "audio": "A", "vision": "V"}
 
@@ -30,10 +43,10 @@ class UnimodalSupervision(nn.Module):
     Args:
         labels: (N) human multimodal labels of the train split.
         feature_dims: width of the features that `loss` gets: `"fusion"`, used as it is, and each modality.
-        label_range: generated labels are clamped to ±this.
+        label_range: generated labels are bounded to ±this.
         head_dims: hidden width of each modality's head, one for all or by modality.
         head_dropouts: dropout before each head, one for all or by modality.
-        exclude_zero, distance, known: as for `UnimodalLabelGenerator`.
+        exclude_zero, known, and what follows: as for `UnimodalLabelGenerator`.
 
     Raises:
         ValueError: `head_dims` or `head_dropouts` leave a modality out, or the generator refuses an argument.
@@ -48,8 +61,16 @@ class UnimodalSupervision(nn.Module):
         head_dims: int | Mapping[str, int] = 32,
         head_dropouts: float | Mapping[str, float] = 0.0,
         exclude_zero: bool = True,
-        distance: Literal["l2", "squared", "cosine"] | Distance = "l2",
         known: Mapping[str, Tensor] | None = None,
+        distance: Literal["l2", "squared", "cosine"] | Distance = "l2",
+        membership: Literal["own", "fusion"] | Membership = "own",
+        centers: Literal["step", "epoch", "ema"] | Centers = "step",
+        center_decay: float = 0.9,
+        relative: Literal["positive", "centers", "difference"] | Relative = "positive",
+        combination: Combination = ratio_and_difference,
+        bound: Literal["clamp", "tanh"] | Bound = "clamp",
+        momentum: Momentum = growing_momentum,
+        weighting: Literal["tanh", "relu", "ones"] | Weighting = "tanh",
     ) -> None:
         super().__init__()
         modalities = [name for name in feature_dims if name != "fusion"]
@@ -58,20 +79,30 @@ class UnimodalSupervision(nn.Module):
         for what, given in (("head_dims", dims), ("head_dropouts", dropouts)):
             if missing := [name for name in modalities if name not in given]:
                 raise ValueError(f"{what} must name every modality, {', '.join(missing)} is missing")
-        self.heads = nn.ModuleDict({n: PredictionHead(feature_dims[n], dims[n], dropouts[n]) for n in modalities})
+        self.heads = nn.ModuleDict(
+            {module_key(name): PredictionHead(feature_dims[name], dims[name], dropouts[name]) for name in modalities}
+        )
         self.generator = UnimodalLabelGenerator(
             labels,
             {name: width if name == "fusion" else dims[name] for name, width in feature_dims.items()},
             label_range,
             exclude_zero=exclude_zero,
-            distance=distance,
             known=known,
+            distance=distance,
+            membership=membership,
+            centers=centers,
+            center_decay=center_decay,
+            relative=relative,
+            combination=combination,
+            bound=bound,
+            momentum=momentum,
+            weighting=weighting,
         )
         self._unobserved: deque[tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]] = deque()
 
     def predict(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the unimodal sentiments (B) of features (B, d)."""
-        return {name: head(features[name])[0] for name, head in self.heads.items()}
+        return {name: self.heads[module_key(name)](features[name])[0] for name in self.generator.modalities}
 
     def loss(self, features: Mapping[str, Tensor], index: Tensor, mask: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the scalar Σ over modalities of mean(weight · |prediction − label|).
@@ -86,19 +117,19 @@ class UnimodalSupervision(nn.Module):
             RuntimeError: twice as many clips as the train split has wait for `observe`.
         """
         index = torch.as_tensor(index)
-        for name in ("fusion", *self.heads):
+        for name in self.generator.tasks:
             if name not in features:
                 raise ValueError(f"features[{name!r}] is missing, got {', '.join(features) or 'none'}")
         present = self.generator.checked_mask(mask, index)
         total = features["fusion"].new_zeros(())
         representations = {"fusion": features["fusion"].detach()}
         weights = self.generator.weights(index)
-        for name, head in self.heads.items():
+        for name in self.generator.modalities:
             of_modality = features[name]
             if name in present:  # what stands in for a missing modality may be anything, NaN too
                 of_modality = torch.where(present[name][:, None], of_modality, 0.0)
                 weights[name] = weights[name] * present[name]
-            prediction, representation = head(of_modality)
+            prediction, representation = self.heads[module_key(name)](of_modality)
             error = (prediction - self.generator.labels[name][index]).abs()
             total = total + (weights[name] * error).mean()
             representations[name] = representation.detach()
@@ -140,7 +171,25 @@ class UlgmConfig(Config):
     distance: Literal["l2", "squared", "cosine"] = Field(
         "l2", description="distance between features and class centre; labels move more by the last two"
     )
-    label_range: float | None = Field(None, gt=0, description="generated labels are clamped to ± this; the data's own")
+    membership: Literal["own", "fusion"] = Field(
+        "own", description="label that decides a clip's class: the modality's own as it stands, or the multimodal one"
+    )
+    centers: Literal["step", "epoch", "ema"] = Field(
+        "step", description="class centres: means after every micro-batch, of the epoch before, or a moving average"
+    )
+    center_decay: float = Field(0.9, ge=0, lt=1, description="share of the old centre in each step of centers=ema")
+    relative: Literal["positive", "centers", "difference"] = Field(
+        "positive",
+        description="difference of a clip's distances to both centres: divided by that to the positive one, by that "
+        "between the centers, or as it is",
+    )
+    bound: Literal["clamp", "tanh"] = Field(
+        "clamp", description="how proposed labels are kept within ± label_range: cut off, or range·tanh(label/range)"
+    )
+    weighting: Literal["tanh", "relu", "ones"] = Field(
+        "tanh", description="how much a label counts in the loss: tanh|y_s − y|, |y_s − y| itself, or 1"
+    )
+    label_range: float | None = Field(None, gt=0, description="generated labels are bounded to ± this; the data's own")
     head_dims: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {"text": 32, "audio": 16, "vision": 32}, description="hidden width of each unimodal head"
     )
@@ -179,8 +228,14 @@ class UlgmHook(TrainingHook):
             head_dims={name: config.head_dims.get(name, 32) for name in modalities},
             head_dropouts={name: config.head_dropouts.get(name, 0.0) for name in modalities},
             exclude_zero=config.exclude_zero,
-            distance=config.distance,
             known=known,
+            distance=config.distance,
+            membership=config.membership,
+            centers=config.centers,
+            center_decay=config.center_decay,
+            relative=config.relative,
+            bound=config.bound,
+            weighting=config.weighting,
         )
         self.history: list[dict[str, Tensor]] = []
 

@@ -20,6 +20,10 @@ from selfmm_plugin.network import SelfMM
 from selfmm_plugin.plugin import SELF_MM, ULGM
 from selfmm_plugin.supervision import UlgmConfig
 
+PARTS = ("distance", "membership", "centers", "center_decay", "relative", "bound", "weighting")
+HOOK_KEYS = {f"hook.{part}" for part in PARTS}
+"""The keys of the hook `ulgm` that those of `self_mm` do not settle."""
+
 
 def settle(dataset: DatasetSpec = MOSI, spec: ModelSpec = SELF_MM, **options):
     return resolve(spec, [ULGM], dataset, **options)
@@ -96,7 +100,7 @@ def test_keys_of_the_model_shape_its_own_hook_and_are_the_only_way_to():
     config = settle(overrides={"post_text_dim": 5, "excludeZero": False, "hook.distance": "cosine"})
     assert config.hooks["ulgm"].head_dims == {"text": 5, "audio": 16, "vision": 32}
     assert config.hooks["ulgm"].exclude_zero is False
-    assert [key for key in config.as_dict() if key.startswith("hook.")] == ["hook.distance"]
+    assert {key for key in config.as_dict() if key.startswith("hook.")} == HOOK_KEYS
     assert "unknown key 'hook.exclude_zero', did you mean 'exclude_zero'?" in refusal(
         overrides={"hook.exclude_zero": True}
     )
@@ -212,7 +216,7 @@ def test_values_that_do_not_fit(overrides, message):
 
 def test_hooks_that_share_a_key():
     twin = HookSpec(name="twin", summary="", build=UlgmConfig, config=UlgmConfig)
-    with pytest.raises(InputError, match="hook 'twin' has keys of another hook: distance"):
+    with pytest.raises(InputError, match=r"hook 'twin' has keys of another hook: bound, center_decay, .*, weighting"):
         resolve(SELF_MM, [ULGM, twin], MOSI)
 
 
@@ -364,7 +368,7 @@ def test_settings_that_are_wrong(given, message):
 
 def test_describe_tells_every_key_its_type_default_and_presets():
     rows = {row.key: row for row in describe(SELF_MM, [ULGM])}
-    assert rows.keys() == {*config_class(SELF_MM).model_fields, "hook.distance"}
+    assert rows.keys() == {*config_class(SELF_MM).model_fields, *HOOK_KEYS}
     plain = {row.key for row in describe(replace(SELF_MM, hooks=()), [ULGM])}
     assert plain >= {f"hook.{key}" for key in UlgmConfig.model_fields}
     assert all(row.meaning and row.type for row in rows.values())

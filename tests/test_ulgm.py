@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from registry import DataInfo, TrainingData
 from selfmm_plugin.supervision import UlgmConfig, UlgmHook, UnimodalSupervision
-from selfmm_plugin.ulgm import DISTANCES, UnimodalLabelGenerator
+from selfmm_plugin.ulgm import (
+    BOUNDS,
+    CENTERS,
+    DISTANCES,
+    MEMBERSHIPS,
+    RELATIVES,
+    WEIGHTINGS,
+    UnimodalLabelGenerator,
+)
 
 LABELS = torch.tensor([2.0, 1.0, -1.0, -2.0, 0.0])
 ALL = torch.arange(5)
@@ -181,8 +192,216 @@ def test_distances() -> None:
     assert DISTANCES["l2"](features, center).tolist() == [5, 2]
     assert DISTANCES["squared"](features, center).tolist() == pytest.approx([25 / 2**0.5, 4 / 2**0.5])
     assert DISTANCES["cosine"](features, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.0])
+    close = torch.rand(500, 7, generator=torch.Generator().manual_seed(0))
+    assert min(float(DISTANCES["cosine"](row[None], row)) for row in close) == 0  # never below, by rounding
     custom = generator(distance=lambda features, center: (features - center).abs().sum(-1))
     assert float(custom.distance(torch.tensor([[1.0, -1.0]]), torch.zeros(2))) == 2
+
+
+# --- parts
+
+
+def moved(**options) -> UnimodalLabelGenerator:
+    """Clip 0 (y = 2) lies 1 and 3 from the fusion centres, +2 and -2, and 0.6 and 1.4 from speech's, +1 and -1."""
+    made = filled(**options)
+    made.update({"fusion": line([1.0]), "speech": line([0.4])}, torch.tensor([0]), 2)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "proposal"),
+    [
+        ({}, 4 / 3),  # δ_f = 2 / 1, δ_s = 0.8 / 0.6: ½ · (4/3) / 2 · 2 + ½ · (2 + 4/3 − 2)
+        ({"distance": "squared"}, -2 / 9),  # δ_f = 8 / 1, δ_s = 1.6 / 0.36 = 40/9: 5/9 + ½ · (2 + 40/9 − 8)
+        ({"distance": lambda f, c: (f - c).abs().sum(-1) + 1}, 1.25),  # δ_f = 2 / 2, δ_s = 0.8 / 1.6: 0.5 + 0.75
+        ({"relative": "centers"}, 1.75),  # δ_f = 2 / 4, δ_s = 0.8 / 2: 0.8 + ½ · (2 + 0.4 − 0.5)
+        ({"relative": "difference"}, 0.8),  # δ_f = 2, δ_s = 0.8: 0.4 + ½ · (2 + 0.8 − 2)
+        ({"relative": lambda p, n, between: (n - p) / between + 1}, 14 / 15 + 0.95),  # δ_f = 1.5, δ_s = 1.4
+        ({"distance": "squared", "relative": "centers"}, 1.75),  # δ_f = 8 / 16, δ_s = 1.6 / 4
+        ({"bound": "tanh"}, 3 * math.tanh(4 / 9)),
+        ({"bound": lambda proposal, label_range: proposal.clamp(max=label_range / 3)}, 1.0),
+        ({"combination": lambda s, f, y: f * y - s}, 4 - 4 / 3),
+    ],
+)
+def test_a_proposal_by_hand(options: dict, proposal: float) -> None:
+    assert float(moved(**options).labels["speech"][0]) == pytest.approx(1 / 3 * 2 + 2 / 3 * proposal, abs=1e-6)
+
+
+def test_cosine_by_hand() -> None:
+    made = UnimodalLabelGenerator(LABELS[:3], {"fusion": 2, "speech": 2}, 3.0, distance="cosine", relative="centers")
+    axes = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    made.update({"fusion": axes, "speech": axes}, torch.arange(3), 1)
+    made.update({"fusion": torch.tensor([[3.0, 4.0]]), "speech": torch.tensor([[2.0, 0.0]])}, torch.tensor([1]), 2)
+    # The centres are at right angles, 1 apart: δ_f = 0.2 − 0.4, δ_s = 1 − 0, y = 1, so −2.5 + ½ · (1 + 1 + 0.2) = −1.4.
+    assert float(made.labels["speech"][1]) == pytest.approx(1 / 3 * 1 - 2 / 3 * 1.4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "label"), [(lambda epoch: 0.75, 1.5 + 1 / 3), (lambda epoch: 1 / epoch, 5 / 3)])
+def test_a_momentum_by_hand(momentum, label: float) -> None:
+    """The share of the old label, 2; the rest is the proposal's, 4/3."""
+    assert float(moved(momentum=momentum).labels["speech"][0]) == pytest.approx(label, abs=1e-6)
+
+
+def test_a_momentum_is_a_share() -> None:
+    with pytest.raises(ValueError, match=r"momentum must give a share from 0 to 1, got 1\.5 for epoch 2"):
+        moved(momentum=lambda epoch: 1.5)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weight"),
+    [("tanh", math.tanh(4 / 9)), ("relu", 4 / 9), ("ones", 1.0), (lambda difference: difference**2, 16 / 81)],
+)
+def test_weights_by_hand(weighting, weight: float) -> None:
+    """The label of clip 0 has moved from 2 to 14/9, that of clip 1 is known."""
+    nan = float("nan")
+    made = moved(weighting=weighting, known={"speech": torch.tensor([nan, 1.0, nan, nan, nan])})
+    assert made.weights(torch.tensor([0, 1]))["speech"].tolist() == pytest.approx([weight, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("membership", "centers"),
+    [("own", [1, 1 / 3]), ("fusion", [2, -1]), (lambda own, multimodal: -own, [1 / 3, 1])],
+)
+def test_membership_by_hand(membership, centers: list[float]) -> None:
+    """Clip 1, at 3, is negative in speech and positive in all."""
+    nan = float("nan")
+    made = generator(membership=membership, known={"speech": torch.tensor([nan, -1.0, nan, nan, nan])})
+    made.update({"fusion": line([3, 1, -1, -3, 10]), "speech": line([1, 3, -1, -1, 10])}, ALL, 1)
+    assert [float(c) for c in made.centers["speech"]] == pytest.approx(centers)
+
+
+@pytest.mark.parametrize(
+    ("options", "center"),
+    [
+        ({}, 2.5),
+        ({"centers": "ema"}, 0.9 * 1 + 0.1 * 2.5),
+        ({"centers": "ema", "center_decay": 0.5}, 1.75),
+        ({"centers": lambda centers, means: centers + means}, 3.5),
+    ],
+)
+def test_centres_step_by_step_by_hand(options: dict, center: float) -> None:
+    made = filled(**options)
+    assert [float(c) for c in made.centers["speech"]] == [1, -1]
+    made.update({"fusion": line([3.0]), "speech": line([4.0])}, torch.tensor([0]), 1)  # beside clip 1, at 1
+    assert float(made.centers["speech"][0]) == pytest.approx(center)
+
+
+def test_centres_once_an_epoch() -> None:
+    made, again = filled(centers="epoch"), generator(centers="epoch")
+    for step in (1, 2):
+        made.update({"fusion": line([1.0]), "speech": line([0.4])}, torch.tensor([0]), 2)
+        assert [float(c) for c in made.centers["speech"]] == [1, -1]
+        if step == 1:  # as `step` would, whose centres are the same here
+            assert torch.equal(made.labels["speech"], moved().labels["speech"])
+    again.load_state_dict(made.state_dict())
+    for one in (made, again):
+        one.update({"fusion": line([1.0]), "speech": line([9.0])}, torch.tensor([0]), 3)
+        assert float(one.centers["speech"][0]) == pytest.approx((0.4 + 1) / 2)
+    assert torch.equal(made.labels["speech"], again.labels["speech"])
+
+
+def test_centres_of_no_epoch_before_move_nothing() -> None:
+    made = generator(centers="epoch")
+    for row in ALL.split(1):
+        made.update({"fusion": line([1.0]), "speech": line([0.4])}, row, 7)
+    assert torch.equal(made.labels["speech"], LABELS)
+
+
+@pytest.mark.parametrize("centers", ["step", "epoch", "ema"])
+def test_a_class_that_vanishes_keeps_its_centre_and_labels_stay_until_it_starts_anew(centers: str) -> None:
+    made = filled(centers=centers)
+    made.update({"fusion": line([3.0]), "speech": line([1.0])}, torch.tensor([0]), 2)
+    own = made.memory["speech"].labels
+    own.fill_(-1.0)
+    for epoch in (3, 4):
+        made.update({"fusion": line([1.0] * 5), "speech": line([4.0, 4.0, 0.4, 0.4, 0.4])}, ALL, epoch)
+        if epoch == 3 and centers != "epoch":  # these centres were made before the class vanished
+            own.fill_(-1.0)
+    assert torch.equal(own, torch.full((5,), -1.0))
+    assert float(made.centers["speech"][0]) == 1
+    own.copy_(LABELS)
+    made.update({"fusion": line([1.0]), "speech": line([4.0])}, torch.tensor([0]), 5)
+    assert float(made.centers["speech"][0]) == 4
+
+
+@pytest.mark.parametrize("part", ["distance", "relative", "combination", "bound"])
+def test_a_part_that_gives_nan_moves_no_label(part: str) -> None:
+    made = moved(**{part: lambda first, *rest: first.view(len(first), -1)[:, 0] * math.nan})
+    made.update({"fusion": line([1.0] * 5), "speech": line([0.4] * 5)}, ALL, 3)
+    assert torch.equal(made.labels["speech"], LABELS)
+
+
+def test_centres_that_are_nan_are_not_taken() -> None:
+    made = moved(centers=lambda centers, means: means * math.nan)
+    assert [float(c) for c in made.centers["speech"]] == [1, -1]
+    before = made.labels["speech"].clone()
+    made.update({"fusion": line([1.0] * 5), "speech": line([0.4] * 5)}, ALL, 3)
+    assert torch.equal(made.labels["speech"], before)
+
+
+TABLES = {
+    "distance": DISTANCES,
+    "membership": MEMBERSHIPS,
+    "centers": CENTERS,
+    "relative": RELATIVES,
+    "bound": BOUNDS,
+    "weighting": WEIGHTINGS,
+}
+OTHERS = {"distance": "squared", "membership": "fusion", "relative": "centers", "bound": "tanh", "weighting": "relu"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.sampled_from([dict(zip(TABLES, names, strict=True)) for names in itertools.product(*TABLES.values())]),
+    exclude_zero=st.booleans(),
+    label_range=st.sampled_from([0.1, 1.0, 3.0]),
+    classes=st.sampled_from([(-1, 0, 1), (0, 1), (-1, 0), (-1, 1), (0,)]),
+    scale=st.sampled_from([0.0, 1e-20, 1e-4, 1.0, 1e4, 1e25]),
+    seed=st.integers(0, 2**31),
+)
+def test_labels_stay_finite_and_in_range_whatever_the_parts(
+    parts: dict, exclude_zero: bool, label_range: float, classes: tuple, scale: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    n, dims = 6, {"fusion": 3, "text": 2, "speech": 1}
+    signs = torch.tensor(classes)[torch.randint(len(classes), (n,), generator=draw)]
+    labels = signs * torch.rand(n, generator=draw) * label_range
+    known = {"text": torch.where(torch.rand(n, generator=draw) < 0.2, labels, math.nan)}
+    made = UnimodalLabelGenerator(labels, dims, label_range, exclude_zero=exclude_zero, known=known, **parts)
+    for epoch in (1, 2, 3, 9):
+        for rows in torch.randperm(n, generator=draw).split(4):
+            features = {name: scale * torch.randn(len(rows), width, generator=draw) for name, width in dims.items()}
+            made.update(features, rows, epoch, {"speech": torch.rand(len(rows), generator=draw) < 0.8})
+            for name in ("text", "speech"):
+                assert made.labels[name].isfinite().all()
+                assert (made.labels[name].abs() <= torch.tensor(label_range)).all()
+                assert made.weights(torch.arange(n))[name].isfinite().all()
+                assert all(center.isfinite().all() for center in made.centers[name])
+
+
+@pytest.mark.parametrize("names", [[], ["speech"], ["text", "a.b", "a_b", "type", "training", "left eye"]])
+def test_modalities_of_any_name_and_number(names: list[str]) -> None:
+    torch.manual_seed(0)
+    dims = {"fusion": 4, **{name: 2 + i for i, name in enumerate(names)}}
+    made, again = (UnimodalSupervision(LABELS, dims, 3.0, head_dims=3) for _ in range(2))
+    for epoch in (1, 2, 3):
+        features = {name: torch.randn(5, width, requires_grad=True) for name, width in dims.items()}
+        loss = features["fusion"].sum() + made.loss(features, ALL)
+        loss.backward()
+        made.observe(ALL, epoch)
+    assert list(made.generator.labels) == ["fusion", *names]
+    assert list(made.predict(features)) == list(made.generator.weights(ALL)) == names
+    assert all(not torch.equal(made.generator.labels[name], LABELS) for name in names)
+    again.load_state_dict(made.state_dict())
+    assert all(torch.equal(again.generator.labels[name], made.generator.labels[name]) for name in names)
+
+
+def test_every_part_reaches_the_generator() -> None:
+    parts = {name: lambda *_: None for name in (*TABLES, "combination", "momentum")}
+    made = UnimodalSupervision(LABELS, {"fusion": 1, "speech": 1}, 3.0, **parts).generator
+    assert {name: getattr(made, "center_rule" if name == "centers" else name) for name in parts} == parts
+    made = UnimodalSupervision(LABELS, {"fusion": 1}, 3.0, centers="ema", center_decay=0.25).generator
+    assert float(made.center_rule(torch.tensor(0.0), torch.tensor(4.0))) == 3
 
 
 def test_state_goes_through_a_state_dict_and_needs_no_gradient() -> None:
@@ -200,7 +419,15 @@ def test_state_goes_through_a_state_dict_and_needs_no_gradient() -> None:
         ({"labels": torch.tensor([1.0, float("nan")])}, "finite"),
         ({"feature_dims": {"text": 3}}, "fusion"),
         ({"label_range": 0.0}, "positive"),
-        ({"distance": "manhattan"}, "distance"),
+        ({"distance": "manhattan"}, "distance must be a callable or one of l2, squared, cosine, got 'manhattan'"),
+        ({"membership": "owm"}, "membership must be a callable or one of own, fusion, got 'owm'"),
+        ({"centers": None}, "centers must be a callable or one of step, epoch, ema, got None"),
+        ({"relative": "negative"}, "relative must be a callable or one of positive, centers, difference, got"),
+        ({"bound": ["clamp"]}, "bound must be a callable or one of clamp, tanh, got"),
+        ({"weighting": "one"}, "weighting must be a callable or one of tanh, relu, ones, got 'one'"),
+        ({"combination": "half"}, "combination must be a callable, got 'half'"),
+        ({"momentum": 0.9}, "momentum must be a callable, got 0.9"),
+        ({"center_decay": 1.0}, "center_decay must be at least 0 and below 1, got 1.0"),
         ({"known": {"speech": torch.zeros(3)}}, "known"),
         ({"known": {"fusion": torch.zeros(5)}}, "known"),
         ({"known": {"speech": torch.full((5,), math.inf)}}, "known"),
@@ -336,16 +563,16 @@ def test_dropout_stands_before_each_head() -> None:
 
 
 def test_it_can_be_pickled_whole() -> None:
-    made = filled(distance="cosine")
+    made = filled(centers="ema", **OTHERS)
     again = pickle.loads(pickle.dumps(made))
     assert torch.equal(again.labels["speech"], made.labels["speech"])
 
 
 def test_features_that_are_missing_are_refused() -> None:
     supervision = UnimodalSupervision(LABELS, {"fusion": 1, "speech": 1}, label_range=3.0)
-    for given in ({"speech": line([1.0])}, {"fusion": line([1.0])}):
+    for features in ({"speech": line([1.0])}, {"fusion": line([1.0])}):
         with pytest.raises(ValueError, match=r"features\['(fusion|speech)'\] is missing, got (fusion|speech)"):
-            supervision.loss(given, torch.tensor([0]))
+            supervision.loss(features, torch.tensor([0]))
 
 
 def test_autocast_does_not_lower_the_precision_of_the_centres() -> None:
@@ -385,13 +612,17 @@ def hook(**keys) -> UlgmHook:
 def test_every_key_of_the_hook_reaches_its_place() -> None:
     made = hook(
         label_range=1.5,
-        distance="cosine",
+        **OTHERS,
+        centers="ema",
+        center_decay=0.5,
         exclude_zero=False,
         head_dims={"text": 7},
         head_dropouts={"text": 0.4},
     ).supervision
     assert made.generator.label_range == 1.5
-    assert made.generator.distance is DISTANCES["cosine"]
+    assert all(getattr(made.generator, name) is TABLES[name][value] for name, value in OTHERS.items())
+    assert float(made.generator.center_rule(torch.tensor(0.0), torch.tensor(4.0))) == 2
+    assert hook(centers="epoch").supervision.generator.once_an_epoch
     assert made.generator.exclude_zero is False
     assert made.heads["text"].layer_1.out_features == 7
     assert made.heads["text"].dropout.p == 0.4
