@@ -328,6 +328,41 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def labels(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a seed, or of a configuration's seeds.")],
+    figure: Annotated[
+        Path | None, typer.Option(help=".png, .pdf or .svg; labels-MODEL-DATASET-SEED.png here by default.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="labels-MODEL-DATASET-SEED.csv here by default.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of the labels in the CSV; the best one by default.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the labels that a hook generated did in training: a table, a figure, and a CSV of labels by clip.
+
+    With several seeds, each has its own, and a file's name gets its seed.
+    """
+    from .labels import MEANINGS, find_runs, read_labels, to_json, write_files
+
+    found = [read_labels(run) for run in find_runs(folder)]
+    files = write_files(found, figure=figure, csv=csv, epoch=epoch)
+    if as_json:
+        sys.stdout.write(to_json(found, files) + "\n")
+        return
+    for generated in found:
+        _print_table(generated.title, generated.movement_rows())
+        if len(generated.shown_epochs) < len(generated.epochs):
+            whole = generated.run.folder / "label_movement.csv"
+            out.print(f"all {len(generated.epochs)} epochs: {escape(str(whole))}", highlight=False, soft_wrap=True)
+    for column in found[0].movement:
+        if column in MEANINGS:
+            out.print(f"{column}: {MEANINGS[column]}", highlight=False, soft_wrap=True)
+    for written in files:
+        out.print(f"figure: {escape(str(written.figure))}", highlight=False, soft_wrap=True)
+        out.print(f"labels by clip: {escape(str(written.csv))}", highlight=False, soft_wrap=True)
+
+
 @app.command("import-checkpoint")
 def import_checkpoint(
     model: Annotated[str, typer.Argument(help="The model that the checkpoint is of.")],

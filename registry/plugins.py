@@ -132,7 +132,7 @@ class Plugins:
         """Return the full name, the model's spec and its hooks' specs, of `NAME` or `NAME+HOOK+…` with further hooks.
 
         Raises:
-            InputError: the name is malformed, a plugin cannot be loaded, or a hook is there already.
+            InputError: the name is malformed, a plugin cannot be loaded, a hook is there already or excludes another.
         """
         model, *borrowed = name.split("+")
         extra = [*borrowed, *([hooks] if isinstance(hooks, str) else hooks)]
@@ -143,7 +143,12 @@ class Plugins:
             if [*spec.hooks, *extra].count(hook) > 1:
                 reason = f"{model} is always trained with it" if hook in spec.hooks else "it is named twice"
                 raise InputError(f"hook {hook!r} cannot be added to {model!r}: {reason}")
-        return "+".join([model, *extra]), spec, [self.load("hook", hook) for hook in (*spec.hooks, *extra)]
+        found = [self.load("hook", hook) for hook in (*spec.hooks, *extra)]
+        for hook in found:
+            for other in sorted(hook.excludes.keys() & {*spec.hooks, *extra}):
+                both = f"{model!r} cannot be trained with the hooks {other!r} and {hook.name!r} at once"
+                raise InputError(f"{both}: {hook.excludes[other]}")
+        return "+".join([model, *extra]), spec, found
 
     def check(self, kind: str) -> list[tuple[Entry, Any]]:
         """Import every plugin of a kind; a failure stands in the place of its spec, as an InputError."""

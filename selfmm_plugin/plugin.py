@@ -1,4 +1,4 @@
-"""What the entry points name: the model `self_mm` and the hook `ulgm`."""
+"""What the entry points name: the model `self_mm` and the hooks `ulgm` and `heads`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from registry import HookSpec, ModelSpec, Training
 
 from .network import SelfMM, SelfMMConfig
-from .supervision import UlgmConfig, UlgmHook
+from .supervision import HeadsConfig, UlgmConfig, UlgmHook, heads_hook
 from .upstream import translate
 
 CITATION = (
@@ -53,4 +53,17 @@ ULGM = HookSpec(
     summary="unimodal heads on a model's modality features, trained on labels that it generates",
     build=UlgmHook,
     config=UlgmConfig,
+)
+
+HEADS = HookSpec(
+    name="heads",
+    summary="the heads of ulgm, each trained on the human multimodal label: the control for ulgm",
+    build=heads_hook,
+    config=HeadsConfig,
+    excludes={
+        "ulgm": (
+            "both train unimodal heads on the same features, so compare a run with the one and a run with the other "
+            "(self_mm always trains its heads with ULGM: its control is --set supervision=multimodal)"
+        )
+    },
 )

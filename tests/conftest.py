@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from registry import cli
 from tests.helpers import tiny_encoder
 
 
@@ -22,3 +24,17 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def benchmark(monkeypatch, capsys):
+    """Run a command line in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        return (code if isinstance(code, int) else 1, *capsys.readouterr())
+
+    return run

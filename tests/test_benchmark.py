@@ -222,6 +222,12 @@ def test_a_small_table_of_clips_is_not_averaged_over_epochs(quick, tmp_path):
     assert list(artifact_tables(result, 10)) == ["agreement_with_true_labels"]
 
 
+def test_a_small_table_by_epoch_is_not_printed_as_one_of_the_best_epoch(quick, tmp_path):
+    result = quick(seeds=[1, 2])
+    assert len(load_run(result.runs[0].folder).table("label_movement")) == 6
+    assert artifact_tables(result, 10) == {}
+
+
 # --- source that changes
 
 
@@ -370,9 +376,14 @@ def test_constant_unimodal_labels_agree_with_nothing(quick, tmp_path):
     assert table["Corr multimodal"].tolist() == table["Corr generated"].tolist() == [0.0]
 
 
-def test_any_model_with_features_borrows_ulgm(quick, tmp_path):
+def with_features(folder: Path) -> str:
+    """A plugin whose model returns features of audio."""
     forward = "return FusionOutput(self.linear(mean)[:, 0], {'fusion': mean, 'audio': mean})"
-    file = plugin(tmp_path, forward, dims='{"fusion": 5, "audio": 5}')
+    return plugin(folder, forward, dims='{"fusion": 5, "audio": 5}')
+
+
+def test_any_model_with_features_borrows_ulgm(quick, tmp_path):
+    file = with_features(tmp_path)
     result = quick(model="mean+ulgm", plugins=[file])
     assert result.model == "mean+ulgm"
     assert list(load_run(result.runs[0].folder).table("labels")) == ["epoch", "id", "fusion", "audio"]
@@ -380,10 +391,52 @@ def test_any_model_with_features_borrows_ulgm(quick, tmp_path):
     assert load_run(result.runs[0].folder, plugins=[file]).model.linear.weight.shape == (1, 5)
 
 
-def test_a_model_without_features_cannot_borrow_it(quick, tmp_path):
+@pytest.mark.parametrize("hook", ["ulgm", "heads"])
+def test_a_model_without_features_cannot_borrow_it(quick, tmp_path, hook):
     file = plugin(tmp_path, "return FusionOutput(self.linear(mean)[:, 0])")
-    with pytest.raises(InputError, match="needs a model that returns features named 'fusion'"):
-        quick(model="mean+ulgm", plugins=[file])
+    with pytest.raises(InputError, match=f"the hook '{hook}' needs a model that returns features named 'fusion'"):
+        quick(model=f"mean+{hook}", plugins=[file])
+
+
+def test_heads_are_those_of_ulgm_with_labels_that_stay(quick, tmp_path):
+    """The control for ULGM, under either name."""
+    file, data = with_features(tmp_path), human_labels(tmp_path)
+    spellings = [("mean+heads", {}), ("mean+ulgm", {"hook.supervision": "multimodal"})]
+    results = [
+        quick(data, model=model, plugins=[file], config={"epochs": 3, **config}).runs[0].folder
+        for model, config in spellings
+    ]
+    heads, ulgm = map(load_run, results)
+    assert heads.history["train_loss"].tolist() == ulgm.history["train_loss"].tolist()
+    assert heads.metrics == ulgm.metrics
+    assert heads.summary["artifacts"] == ["labels"]
+    assert heads.table("labels")["audio"].tolist() == heads.table("labels")["fusion"].tolist()
+
+
+def test_self_mm_with_the_multimodal_label_in_every_modality(quick, tmp_path):
+    run = load_run(quick(human_labels(tmp_path), config={"supervision": "multimodal", "epochs": 3}).runs[0].folder)
+    labels = run.table("labels")
+    assert (labels[["text", "audio", "vision"]].to_numpy() == labels[["fusion"]].to_numpy()).all()
+    assert run.summary["artifacts"] == ["labels"]
+
+
+def test_heads_of_tasks_that_are_chosen(quick, tmp_path):
+    file = with_features(tmp_path)
+    with pytest.raises(InputError, match="tasks must be M and any of A, each once, got 'MT'"):
+        quick(model="mean+heads", plugins=[file], config={"hook.tasks": "MT"})
+    with pytest.raises(InputError, match=r"unknown key 'hook\.distance'"):
+        quick(model="mean+heads", plugins=[file], config={"hook.distance": "cosine"})
+
+
+@pytest.mark.parametrize("model", ["mean+ulgm+heads", "mean+heads+ulgm", "self_mm+heads"])
+def test_ulgm_and_its_control_at_once(quick, tmp_path, model):
+    message = (
+        f"'{model.partition('+')[0]}' cannot be trained with the hooks 'ulgm' and 'heads' at once: both train unimodal "
+        r"heads on the same features, .* \(self_mm always trains its heads with ULGM: "
+        r"its control is --set supervision=multimodal\)"
+    )
+    with pytest.raises(InputError, match=message):
+        quick(model=model, plugins=[with_features(tmp_path)])
 
 
 @pytest.mark.parametrize("model", ["self_mm+ulgm", "mean+ulgm+ulgm"])

@@ -22,20 +22,6 @@ from tests.helpers import feature_file, write_features
 
 
 @pytest.fixture
-def benchmark(monkeypatch, capsys):
-    """Run a command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return (code if isinstance(code, int) else 1, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def command(tmp_path, encoder):
     """The arguments of a quick run on a small file."""
     options = ["run", "-m", "self_mm", "-d", "custom", "--label-range", 3, "--text-encoder", encoder]

@@ -97,7 +97,7 @@ def is_text(node: ast.AST) -> bool:
 
 # --- what an import loads
 
-HEAVY = ["torch", "transformers", "numpy", "pandas", "sklearn", "safetensors"]
+HEAVY = ["torch", "transformers", "numpy", "pandas", "sklearn", "safetensors", "matplotlib"]
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
@@ -107,7 +107,14 @@ def test_the_registrys_names_are_lazy():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["list", "models"], ["list", "datasets", "--json"], ["nonsense"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["labels", "--help"],
+        ["list", "models"],
+        ["list", "datasets", "--json"],
+        ["nonsense"],
+    ],
     ids=" ".join,
 )
 def test_commands_that_need_no_model_load_none(arguments):

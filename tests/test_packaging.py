@@ -206,7 +206,7 @@ def test_list_models_names_every_distribution(shell):
 
 
 def test_list_hooks_and_datasets(shell):
-    assert "ulgm" in shell.benchmark("list", "hooks").stdout
+    assert {"ulgm", "heads"} <= {row["name"] for row in json.loads(shell.benchmark("list", "hooks", "--json").stdout)}
     names = {row["name"] for row in json.loads(shell.benchmark("list", "datasets", "--json").stdout)}
     assert {"custom", "demo", "mosei", "mosi", "sims", "simsv2"} <= names
 

@@ -458,6 +458,16 @@ def test_a_model_borrows_hooks_by_name(plugin_file, given, more, name, hooks):
     assert (full, spec.name, [hook.name for hook in found]) == (name, "a", hooks)
 
 
+@pytest.mark.parametrize(("given", "other"), [("a+b+c", "b"), ("a+c+b", "b"), ("a+c", "own")])
+def test_a_hook_that_excludes_another(plugin_file, given, other):
+    code = TWO + f'\n    C = HookSpec(name="c", summary="", build=TrainingHook, excludes={{"{other}": "they quarrel"}})'
+    plugins = Plugins([plugin_file(code)])
+    with pytest.raises(InputError) as caught:
+        plugins.load_model(given)
+    assert str(caught.value) == f"'a' cannot be trained with the hooks '{other}' and 'c' at once: they quarrel"
+    assert [hook.name for hook in plugins.load_model("a")[2]] == ["own"]
+
+
 @pytest.mark.parametrize("given", ["", "+", "a+", "+b", "a++b"])
 def test_a_model_name_with_an_empty_part_is_refused(plugin_file, given):
     with pytest.raises(InputError, match="NAME or NAME\\+HOOK") as caught:

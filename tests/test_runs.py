@@ -27,6 +27,7 @@ FILES = {
     "config.json",
     "environment.json",
     "history.csv",
+    "label_movement.csv",
     "labels.csv",
     "log.txt",
     "metrics.json",
