@@ -18,6 +18,7 @@ _HOME = {
     ),
     "registry.errors": "BenchmarkError InputError RunFailed",
     "registry.benchmark": "Result run",
+    "registry.comparison": "Comparison compare",
     "registry.data.feature_file": "FeatureFile SplitArrays",
     "registry.data.text": "TextEncoder find_text_encoder",
     "registry.runs": "Run load_run",

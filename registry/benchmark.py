@@ -76,9 +76,9 @@ class Result:
     def _names(self) -> list[str]:
         return list(self.ok[0].metrics) if self.ok else []
 
-    def to_json(self) -> str:
-        """Return the fields that `run --json` prints; a metric that is not defined is null."""
-        value = {
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields that `run --json` prints."""
+        return {
             "model": self.model,
             "dataset": self.dataset,
             "runs": [{**asdict(run), "folder": run.folder and str(run.folder)} for run in self.runs],
@@ -86,7 +86,10 @@ class Result:
             "std": self.std,
             "folder": str(self.folder),
         }
-        return json.dumps(finite(value), indent=2, allow_nan=False)
+
+    def to_json(self) -> str:
+        """Return them as JSON; a metric that is not defined is null."""
+        return json.dumps(finite(self.as_dict()), indent=2, allow_nan=False)
 
 
 def run(
@@ -152,14 +155,12 @@ def run(
     require_no_strangers(target for target in wanted if force or not finished(target))
     done: list[SeedRun] = []
     protocol = job.protocol()
+    kept = [seed for seed in seeds if finished(folder / str(seed)) and not force]
+    if kept:
+        watcher.note(_kept_note(kept, folder, plan.sources))
     for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
-        if finished(target) and not force:
-            before = load_run(target).environment.get("sources") or {}
-            stale = ", ".join(part for part, source in plan.sources.items() if before.get(part) != source)
-            changed = f"; the source of {stale} has changed since" if stale else ""
-            watcher.note(f"seed {seed} is finished already: {target} (--force trains it again){changed}")
-        else:
+        if force or not finished(target):  # perhaps by another process, meanwhile
             history: list[Epoch] = []
             try:
                 _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history)
@@ -181,6 +182,15 @@ def run(
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
         protocol = saved.summary.get("protocol", protocol)
     return Result(plan.name, plan.dataset.name, done, folder, protocol)
+
+
+def _kept_note(seeds: Sequence[int], folder: Path, sources: Mapping[str, str]) -> str:
+    """Return what to say of seeds that are finished already."""
+    before = [load_run(folder / str(seed)).environment.get("sources") or {} for seed in seeds]
+    stale = ", ".join(part for part, source in sources.items() if any(b.get(part) != source for b in before))
+    changed = f"; the source of {stale} has changed since" if stale else ""
+    named = f"seeds {', '.join(map(str, seeds))} are" if len(seeds) > 1 else f"seed {seeds[0]} is"
+    return f"{named} finished already in {folder} (--force trains again){changed}"
 
 
 def failure_log(folder: Path, seed: int) -> Path:

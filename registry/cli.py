@@ -22,6 +22,8 @@ from .errors import BenchmarkError, InputError
 
 if TYPE_CHECKING:
     from .benchmark import Result
+    from .comparison import Comparison
+    from .contract import PublishedResult
     from .plugins import Entry
 
 app = typer.Typer(
@@ -34,6 +36,9 @@ app = typer.Typer(
 out = Console(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 120)
 err = Console(stderr=True)
 KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook", "published": "published"}
+FORMATS = ("table", "markdown", "latex", "html", "csv", "json")
+_FIGURE = 30
+"""Characters of the longest figure with its interval: what is longer may be broken in a wide table."""
 SMALL_TABLE = 10
 """A run's tables of at most this many rows are printed."""
 
@@ -117,13 +122,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train and test a model, once for each seed, and print its table."""
-    from .config import parse_settings
-
-    overrides = parse_settings(settings)
-    if epochs is not None:
-        if "epochs" in overrides:
-            raise InputError("--epochs and --set epochs=… say the same thing; give one")
-        overrides["epochs"] = epochs
+    overrides = _overrides(settings, epochs)
     seed_numbers = _seeds(seeds)
     from .benchmark import failure_log
     from .benchmark import run as run_model
@@ -150,8 +149,7 @@ def run(
                 watcher=watcher,
             )
     except KeyboardInterrupt:
-        err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
-        raise typer.Exit(130) from None
+        raise _interrupted() from None
     if as_json:
         sys.stdout.write(result.to_json() + "\n")
     else:
@@ -163,6 +161,170 @@ def run(
             )
     if len(result.ok) < len(result.runs):
         raise typer.Exit(1)
+
+
+Format = Annotated[str, typer.Option("--format", "-f", help="table, markdown, latex, html, csv or json.")]
+OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file, not to the terminal.")]
+Published = Annotated[bool, typer.Option("--published", help="Add what others have published of these models.")]
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Option(
+            "--models",
+            "-m",
+            help="Names with commas between, each NAME, NAME+HOOK, or NAME:KEY=VALUE:… with settings of its own; "
+            "all is every model. The others are compared with the first.",
+        ),
+    ],
+    also_with: Annotated[
+        list[str], typer.Option("--with", help="Hooks to add to each model that takes them, as heads,ulgm.")
+    ] = [],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")] = "demo",
+    data: Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")
+    ] = None,
+    seeds: Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")] = [
+        "1111-1115"
+    ],
+    preset: Annotated[str | None, typer.Option(help="Published hyper-parameters, for the models that have it.")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="KEY=VALUE for the models that have the key; repeatable.")
+    ] = [],
+    epochs: Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")] = None,
+    label_range: Annotated[
+        float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    published: Published = False,
+    form: Format = "table",
+    target: OutFile = None,
+    plugin: Plugin = [],
+    debug: Debug = False,
+) -> None:
+    """Train and test the models that are not yet, over seeds, and print them side by side."""
+    from .comparison import compare as compare_models
+    from .progress import make_watcher
+
+    _check_output(form, target)
+    overrides = _overrides(settings, epochs)
+    try:
+        with make_watcher(err) as watcher, redirect_stdout(sys.stderr):
+            comparison = compare_models(
+                models,
+                dataset,
+                also_with=[hook for given in also_with for hook in given.split(",")],
+                data=data,
+                text_encoder=text_encoder,
+                seeds=_seeds(seeds),
+                preset=preset,
+                config=overrides,
+                label_range=label_range,
+                device=device,
+                runs=runs,
+                plugins=plugin,
+                watcher=watcher,
+                before=lambda name, number, of: watcher.note(f"model {number} of {of}: {name}"),
+            )
+    except KeyboardInterrupt:
+        raise _interrupted() from None
+    _show_comparison(comparison, form, target, published, plugin)
+    if any(row.label for row in comparison.rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Run folders, or folders above them.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The row that the others are compared with; the first by default.")
+    ] = None,
+    published: Published = False,
+    form: Format = "table",
+    target: OutFile = None,
+    plugin: Plugin = [],
+    debug: Debug = False,
+) -> None:
+    """Print finished runs side by side, as `compare` does; a configuration's seeds make one row."""
+    from .comparison import collect
+
+    _check_output(form, target)
+    _show_comparison(collect(folders, reference), form, target, published, plugin)
+
+
+def _check_output(form: str, target: Path | None) -> None:
+    """See that a table can be written as it is wanted, before anything is trained for it."""
+    from .errors import unknown
+
+    if form not in FORMATS:
+        raise InputError(unknown("format", form, FORMATS))
+    if target is not None and form == "table":
+        raise InputError(f"--out needs --format {', '.join(FORMATS[1:])}: a terminal's table is for a terminal")
+    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+        raise InputError(f"--out {target} is a folder, or in a folder that does not exist")
+
+
+def _show_comparison(
+    comparison: Comparison, form: str, target: Path | None, published: bool, plugin: Sequence[str]
+) -> None:
+    from .plugins import Plugins
+    from .runs import write_text
+    from .side_by_side import of_interest, render, tables_of
+
+    results: list[PublishedResult] = []
+    if published:
+        plugins = Plugins(plugin)
+        for entry in plugins.entries("published"):
+            results += of_interest(comparison, plugins.load("published", entry.name).results)
+        if not results:
+            err.print(f"nothing is published of these models on {comparison.dataset}", highlight=False)
+    if form != "table":
+        text = render(comparison, form, results)
+        if target is None:
+            sys.stdout.write(text)
+        else:
+            write_text(target, text)
+            err.print(f"written to {escape(str(target))}", highlight=False, soft_wrap=True)
+        return
+    for made in tables_of(comparison, results):
+        _print_wide_table(made.title, made.rows)
+        out.print(escape(made.caption), highlight=False)
+        out.print()
+
+
+def _print_wide_table(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Print a table in as many pieces as the terminal's width asks for, the first column in each."""
+    first, *others = rows[0]
+    pieces: list[list[str]] = [[]]
+    for column in others:
+        with_it = [{name: row[name] for name in (first, *pieces[-1], column)} for row in rows]
+        if pieces[-1] and _table(with_it, fold=True, unbroken=_FIGURE)[1] > out.width:
+            pieces.append([])
+        pieces[-1].append(column)
+    for number, columns in enumerate(pieces):
+        piece = [{name: row[name] for name in (first, *columns)} for row in rows]
+        _print_table(f"{title}, continued" if number else title, piece, unbroken=_FIGURE)
+
+
+def _interrupted() -> typer.Exit:
+    err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
+    return typer.Exit(130)
+
+
+def _overrides(settings: Sequence[str], epochs: int | None) -> dict[str, Any]:
+    """Return the keys of `--set` and `--epochs`."""
+    from .config import parse_settings
+
+    overrides = parse_settings(settings)
+    if epochs is not None:
+        if "epochs" in overrides:
+            raise InputError("--epochs and --set epochs=… say the same thing; give one")
+        overrides["epochs"] = epochs
+    return overrides
 
 
 def _seeds(texts: Iterable[str]) -> list[int]:
@@ -204,33 +366,41 @@ def _show_result(result: Result) -> None:
         out.print(f"run folder: {escape(str(done.folder))}", highlight=False, soft_wrap=True)
 
 
-def _print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
-    table, width = _table(rows, fold=False)
+def _print_table(title: str, rows: Sequence[dict[str, str]], unbroken: int = 0) -> None:
+    table, width = _table(rows, fold=False, unbroken=unbroken)
     if width > out.width:
-        table, width = _table(rows, fold=True)
+        table, width = _table(rows, fold=True, unbroken=unbroken)
     out.print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)  # a table's own would be cut to its width
     table.width = width if width > out.width else None
     out.print(table, crop=False)
 
 
-def _table(rows: Sequence[dict[str, str]], *, fold: bool) -> tuple[Table, int]:
-    """Return a table whose names and figures are never broken, its headers if `fold`, and the width it needs."""
+def _table(rows: Sequence[dict[str, str]], *, fold: bool, unbroken: int = 0) -> tuple[Table, int]:
+    """Return a table and the width it needs.
+
+    Names, figures and columns of at most `unbroken` characters are never broken; headers are if `fold`.
+    """
+    from .tables import Best
+
     table, width = Table(), 1
     for number, column in enumerate(rows[0]):
         cells = [row[column] for row in rows]
         figures = number > 0 and all(cell[:1] in "-0123456789" for cell in cells)
-        unbroken = cells if figures or number == 0 else [word for cell in cells for word in cell.split()]
-        widest = max(map(cell_len, [*unbroken, *(column.split() if fold else [column])]))
+        whole = figures or number == 0 or max(map(cell_len, cells)) <= unbroken
+        words = cells if whole else [word for cell in cells for word in cell.split()]
+        widest = max(map(cell_len, [*words, *(column.split() if fold else [column])]))
         header = "\n".join(textwrap.wrap(column, widest))
         table.add_column(
             escape(header),
             justify="right" if figures else "left",
-            no_wrap=figures or number == 0,
+            no_wrap=whole,
             min_width=widest,
         )
         width += widest + 3
     for row in rows:
-        table.add_row(*(escape(value) for value in row.values()))
+        table.add_row(
+            *(f"[bold]{escape(value)}[/]" if isinstance(value, Best) else escape(value) for value in row.values())
+        )
     return table, width
 
 

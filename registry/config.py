@@ -105,6 +105,19 @@ def derived_keys(spec: ModelSpec, hook: HookSpec, config: Config | None) -> froz
     return frozenset(spec.hook_config(config)) & hook.config.model_fields.keys()
 
 
+def keys_of(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[str]:
+    """Return the keys that a model with these hooks has."""
+    return [row.key for row in describe(spec, hooks)]
+
+
+def accepts(spec: ModelSpec, hooks: Sequence[HookSpec], key: str) -> bool:
+    """Whether a model with these hooks has a key, in any of its spellings."""
+    hook_fields = {name: info for hook in hooks for name, info in hook.config.model_fields.items()}
+    fields = {"": config_class(spec).model_fields, HOOK: hook_fields}
+    parts = (_canonical(key, fields) or "").split(".")
+    return ".".join(parts[: 2 if key.startswith(HOOK) else 1]) in keys_of(spec, hooks)
+
+
 def _example(spec: ModelSpec, layers: Sequence[Mapping[str, Any]] = ()) -> Config | None:
     """Return a config of the model's own keys: of these layers or, where they do not fit, its defaults or a preset."""
     whole = config_class(spec)

@@ -270,6 +270,7 @@ class DatasetSpec:
         presets_of: the dataset whose published hyper-parameters are used; its own by default.
         generate: makes the data, a `registry.FeatureFile`, for a dataset that needs no file.
         epochs: most epochs where the user sets none.
+        caption: what every table of it must say.
         version: is raised where `generate` makes other data than before.
     """
 
@@ -283,6 +284,7 @@ class DatasetSpec:
     presets_of: str | None = None
     generate: Callable[[], Any] | None = None
     epochs: int | None = None
+    caption: str = ""
     version: str = "1"
 
 

@@ -202,13 +202,16 @@ class Job:
         published = dataset.label_range in (None, self.plan.label_range)
         without = "the file's text features, frozen" if "text_features" in self.plan.needs else "none"
         borrowed = f" (its values for {dataset.presets_of})" if dataset.presets_of else ""
+        caption = {"note": dataset.caption} if dataset.caption else {}
         return {
+            **caption,
             "selection": SELECTION,
             "metrics": f"as defined for {'CH-SIMS' if self.plan.metrics == 'sims' else 'CMU-MOSI'}",
             "labels": f"within ±{self.plan.label_range:g}" + ("" if published else f", not ±{dataset.label_range:g}"),
             "data": "aligned" if self.info.aligned else "unaligned",
             "text encoder": f"{encoder.name}, {'fine-tuned' if tuned else 'frozen'}" if encoder else without,
             "preset": f"{config.preset}{borrowed}" if config.preset else "none",
+            "tuned for": self.plan.spec.tuned_for or "none",
             "changed settings": ", ".join(f"{k}={as_typed(v)}" for k, v in config.changed.items()) or "none",
             "micro-batches that fill no group at an epoch's end": self._tail(),
         }

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from .benchmark import Result
 
 Rows = list[dict[str, str]]
+
+
+class Best(str):
+    """A cell that is the best of its column."""
+
+    __slots__ = ()
+
+
 MOST_SEED_COLUMNS = 5
 
 

@@ -15,6 +15,7 @@ DEMO = DatasetSpec(
     presets_of="mosi",
     generate=generate,
     epochs=15,
+    caption="synthetic: shows that the tool works, not which model is better",
 )
 
 MOSI = DatasetSpec(

@@ -1,0 +1,432 @@
+"""`compare`: many models on one dataset under one protocol, side by side.
+
+comparison = registry.compare(["self_mm", "tfn", "tfn+ulgm"], "mosi", data="unaligned_50.pkl", seeds=[1111, 1112, 1113])
+comparison.frame(), comparison.rows[0].mean["MAE"], comparison.differences["tfn"].p_mae
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .benchmark import Result, SeedRun
+from .benchmark import run as run_model
+from .config import accepts, keys_of, parse_settings
+from .contract import HookSpec, ModelSpec
+from .errors import BenchmarkError, InputError, unknown
+from .jobs import make_plan
+from .plugins import Plugins
+from .runs import Run, finished, load_run
+from .statistics import Difference, compare_predictions, video_of
+from .training import Epoch, Watcher
+
+ALL = "all"
+PRIMARY = "MAE"
+SEEDS = (1111, 1112, 1113, 1114, 1115)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a model as it was asked for, its finished runs, and what failed."""
+
+    name: str
+    runs: Sequence[Run] = ()
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """the reason of each seed that failed"""
+    reason: str | None = None
+    """why the model could not be trained at all"""
+
+    @cached_property
+    def result(self) -> Result:
+        """What `registry.run` would have returned."""
+        done = [SeedRun(_seed(r), "ok", None, r.best_epoch, r.metrics, r.folder) for r in self.runs]
+        done += [SeedRun(seed, "failed", reason, None, {}, None) for seed, reason in self.failed.items()]
+        settings = self.runs[0].settings if self.runs else {"dataset": ""}
+        folder = self.runs[0].folder.parent if self.runs else Path()
+        done.sort(key=lambda run: run.seed)
+        return Result(self.name, settings["dataset"], done, folder, self.protocol)
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Mean of each test metric over seeds."""
+        return self.result.mean
+
+    @property
+    def std(self) -> dict[str, float] | None:
+        """Sample standard deviation of each test metric over seeds; None below two."""
+        return self.result.std
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """What is to be said of its runs."""
+        return self.runs[0].summary.get("protocol", {}) if self.runs else {}
+
+    @property
+    def model(self) -> str:
+        """The model's registered name, without hooks."""
+        return (self.runs[0].settings["model"] if self.runs else self.name).partition("+")[0].partition(":")[0]
+
+    @property
+    def text(self) -> str:
+        """`frozen`, `fine-tuned` or `none`."""
+        return self.protocol.get("text encoder", "none").rpartition(", ")[2]
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of the network's trainable parameters; a hook's heads are not among them."""
+        return self.runs[0].summary.get("parameters") if self.runs else None
+
+    @cached_property
+    def seconds_per_epoch(self) -> float | None:
+        """Mean time of a training epoch, the first of each seed left out; validation does not count."""
+        times = [run.history["train_seconds"] for run in self.runs if run.best_epoch is not None]
+        later = [seconds for of_run in times for seconds in (of_run[1:] if len(of_run) > 1 else of_run)]
+        return float(np.mean(later)) if later else None
+
+    @property
+    def label(self) -> str:
+        """What failed, in a few words; empty where nothing did."""
+        if self.reason is not None:
+            return f"failed: {self.reason}"
+        if not self.failed:
+            return ""
+        reasons = "; ".join(dict.fromkeys(self.failed.values()))
+        return f"{len(self.failed)} of {len(self.failed) + len(self.runs)} seeds failed: {reasons}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows on one test split; the first one is the reference of the differences."""
+
+    dataset: str
+    rows: Sequence[Row]
+
+    @property
+    def ok(self) -> list[Row]:
+        """The rows that have a finished run."""
+        return [row for row in self.rows if row.runs]
+
+    @property
+    def reference(self) -> Row | None:
+        """The first row, if it has a run."""
+        return self.rows[0] if self.rows and self.rows[0].runs else None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, the primary one first."""
+        found = list(self.ok[0].runs[0].metrics) if self.ok else []
+        return sorted(found, key=lambda name: (name != PRIMARY, name != "Corr"))
+
+    @property
+    def videos(self) -> list[str]:
+        """The test clips' videos."""
+        return video_of(list(self.ok[0].runs[0].predictions["id"]))
+
+    @cached_property
+    def differences(self) -> dict[str, Difference]:
+        """How every other row differs from the reference on the test split."""
+        if self.reference is None:
+            return {}
+        tables = {row.name: [run.predictions for run in row.runs] for row in self.ok}
+        family = self.reference.runs[0].settings["data"]["metrics"]
+        predictions = {name: np.stack([t["prediction"] for t in of_row]) for name, of_row in tables.items()}
+        truth = tables[self.reference.name][0]["label"].to_numpy()
+        return compare_predictions(truth, predictions, self.videos, family, reference=self.reference.name)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a model with every figure as a number, ready for further work."""
+        records = []
+        for row in self.rows:
+            difference = self.differences.get(row.name)
+            record: dict[str, Any] = {
+                "model": row.name,
+                "text": row.text if row.runs else None,
+                "text encoder": row.protocol.get("text encoder"),
+                "tuned for": row.protocol.get("tuned for"),
+                "data": row.protocol.get("data"),
+                "seeds": len(row.runs),
+            }
+            for name in self.metrics:
+                record[name] = row.mean.get(name)
+                record[f"{name} sd"] = row.std[name] if row.std else None
+                if difference:
+                    record[f"{name} difference"] = difference.mean[name]
+                    record[f"{name} low"], record[f"{name} high"] = difference.low[name], difference.high[name]
+            if difference:
+                record["MAE p"] = difference.p_mae
+            record |= {"parameters": row.parameters, "seconds an epoch": row.seconds_per_epoch, "note": row.label}
+            records.append(record)
+        return pd.DataFrame(records)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return what `compare --format json` prints: what `run --json` does for each row, and its differences."""
+        rows = []
+        for row in self.rows:
+            difference = self.differences.get(row.name)
+            rows.append(
+                {
+                    **row.result.as_dict(),
+                    "dataset": self.dataset,
+                    "folder": str(row.result.folder) if row.runs else None,
+                    "reason": row.reason,
+                    "text": row.text,
+                    "parameters": row.parameters,
+                    "seconds_per_epoch": row.seconds_per_epoch,
+                    "protocol": row.protocol,
+                    "difference": difference and vars(difference),
+                }
+            )
+        return rows
+
+
+def compare(
+    models: Sequence[str],
+    dataset: str = "demo",
+    *,
+    also_with: Sequence[str] = (),
+    data: str | Path | None = None,
+    text_encoder: str | None = None,
+    seeds: Sequence[int] = SEEDS,
+    preset: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    label_range: float | None = None,
+    device: str = "auto",
+    runs: str | Path = "runs",
+    plugins: Sequence[str] = (),
+    watcher: Watcher | None = None,
+    before: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Train and test every model that is not yet, and return them side by side.
+
+    Args:
+        models: names as for `registry.run`, each perhaps with settings of its own, as `"tfn:finetune_text=true"`;
+            `"all"` stands for every registered model.
+        dataset: as for `registry.run`.
+        also_with: hooks to add to each model, one row each, where the model allows it.
+        data, text_encoder, label_range, device, runs, plugins: as for `registry.run`.
+        seeds: one run each, for every model.
+        preset: for the models that have it.
+        config: keys that override the preset, for the models that have them.
+        watcher: is told of progress.
+        before: is told each model's name, its number and how many there are, before it is trained.
+
+    Returns:
+        Every model, also those that failed.
+
+    Raises:
+        InputError: a name or a setting is wrong; nothing has been trained.
+    """
+    watcher = _Once(watcher or Watcher())
+    found = Plugins(plugins)
+    for hook in also_with:
+        found.load("hook", hook)
+    wanted = _expand(models, found, watcher)
+    rows, optional = [], set()
+    for name in wanted:
+        rows.append(name)
+        model, colon, settings = name.partition(":")
+        extra = [f"{model}+{hook}{colon}{settings}" for hook in also_with if f"{model}+{hook}" not in wanted]
+        optional |= set(extra)
+        rows += extra
+    if twice := [name for name, count in Counter(rows).items() if count > 1]:
+        raise InputError(f"--models names {twice[0]!r} twice")
+    shared = dict(config or {})
+    plans = {name: plan for name in rows if (plan := _plan(name, found, preset, shared, optional))}
+    _check_used(shared, preset, plans, watcher)
+    for name, plan in plans.items():  # all that can be told before anything is trained
+        try:
+            make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    done = []
+    for number, (name, plan) in enumerate(plans.items(), 1):
+        if before:
+            before(name, number, len(plans))
+        try:
+            result = run_model(
+                plan.model,
+                dataset,
+                data=data,
+                text_encoder=text_encoder,
+                seeds=seeds,
+                label_range=label_range,
+                device=device,
+                runs=runs,
+                plugins=plugins,
+                watcher=watcher,
+                **plan.options,
+            )
+        except BenchmarkError as error:
+            if name in optional and isinstance(error, InputError):
+                watcher.note(f"{name} is left out: {error}")
+                continue
+            watcher.note(f"{name} failed: {error}")
+            done.append(Row(name, reason=str(error)))
+        else:
+            failed = {run.seed: run.reason or "" for run in result.runs if run.status == "failed"}
+            done.append(Row(name, [load_run(run.folder) for run in result.ok if run.folder], failed))
+    if all(row.reason for row in done):
+        raise InputError(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
+    return Comparison(dataset, done)
+
+
+def collect(folders: Sequence[str | Path], reference: str | None = None) -> Comparison:
+    """Return finished runs side by side, one row for each configuration.
+
+    Args:
+        folders: of seeds, of configurations, or any above them.
+        reference: the name of the row that the others are compared with; the first one by default.
+
+    Raises:
+        InputError: there is no finished run, or the runs are of different test splits.
+    """
+    by_config: dict[Path, list[Run]] = {}
+    for folder in map(Path, map(os.path.expanduser, folders)):
+        below = [path.parent for path in folder.rglob("metrics.json") if not _hidden(path.relative_to(folder))]
+        there = [place for place in sorted(below, key=_natural) if finished(place)]
+        if not there:
+            raise InputError(f"{folder} holds no finished run")
+        for place in there:
+            of_config = by_config.setdefault(place.resolve().parent, [])
+            if place.resolve() not in [run.folder.resolve() for run in of_config]:
+                of_config.append(load_run(place))
+    tested = {config: [run for run in found if run.metrics] for config, found in by_config.items()}
+    names = _names({config: found[0] for config, found in tested.items() if found})
+    rows = [Row(names[config], found) for config, found in tested.items() if found]
+    if not rows:
+        raise InputError("the runs were not tested: they are checkpoints that were imported without --data")
+    _check_one_split(rows)
+    if reference is not None:
+        if reference not in names.values():
+            raise InputError(unknown("row", reference, names.values()))
+        rows.sort(key=lambda row: row.name != reference)
+    return Comparison(rows[0].runs[0].settings["dataset"], rows)
+
+
+def _seed(run: Run) -> int:
+    return int(run.settings["seed"])
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _natural(path: Path) -> list[Any]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def _names(runs: Mapping[Path, Run]) -> dict[Path, str]:
+    """Return what each configuration is called: its model and, where several have one, what was set or its hash."""
+    models = {config: run.settings["model"] for config, run in runs.items()}
+    shared = {model for model, count in Counter(models.values()).items() if count > 1}
+    names = {}
+    for config, run in runs.items():
+        changed = run.summary.get("protocol", {}).get("changed settings", "none")
+        what = config.name if changed == "none" else changed.replace(", ", ":")
+        names[config] = f"{models[config]}:{what}" if models[config] in shared else models[config]
+    twice = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {config: f"{models[config]}:{config.name}" if name in twice else name for config, name in names.items()}
+
+
+def _check_one_split(rows: Sequence[Row]) -> None:
+    first = rows[0].runs[0]
+    columns = ["id", "label"]
+    for run in (run for row in rows for run in row.runs):
+        same = run.settings["data"]["metrics"] == first.settings["data"]["metrics"]
+        if not same or not run.predictions[columns].equals(first.predictions[columns]):
+            raise InputError(f"{run.folder} and {first.folder} were tested on different clips or labels: compare like")
+
+
+def _expand(models: Sequence[str], plugins: Plugins, watcher: Watcher) -> list[str]:
+    """Return the names asked for, `all` replaced by every model that can be imported, the others among it once."""
+    names = [name.strip() for given in models for name in given.split(",")]
+    if not all(names):
+        raise InputError("--models takes names with commas between them, as self_mm,tfn,tfn+ulgm")
+    if ALL not in names:
+        return names
+    rest = []
+    for entry, spec in plugins.check("model"):
+        if isinstance(spec, BenchmarkError):
+            watcher.note(f"{entry.name} is left out: {spec}")
+        elif entry.name not in names:
+            rest.append(entry.name)
+    at = names.index(ALL)
+    return [*names[:at], *rest, *names[at + 1 :]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A row to be made: a model with its hooks, and its options for `run`."""
+
+    model: str
+    spec: ModelSpec
+    hooks: Sequence[HookSpec]
+    options: dict[str, Any]
+
+
+def _plan(
+    name: str, plugins: Plugins, preset: str | None, shared: Mapping[str, Any], optional: Collection[str]
+) -> _Plan | None:
+    """Return what a row's name asks for; None for a hook that its model does not take."""
+    model, *settings = name.split(":")
+    try:
+        _, spec, hooks = plugins.load_model(model)
+    except InputError:
+        if name in optional:
+            return None
+        raise
+    config = {key: value for key, value in shared.items() if accepts(spec, hooks, key)} | parse_settings(settings)
+    return _Plan(model, spec, hooks, {"config": config, "preset": preset if preset in spec.presets else None})
+
+
+def _check_used(shared: Mapping[str, Any], preset: str | None, plans: Mapping[str, _Plan], watcher: Watcher) -> None:
+    """See that every setting is one of some model, and say which models do not have it."""
+    for key in shared:
+        lacking = [name for name, plan in plans.items() if not accepts(plan.spec, plan.hooks, key)]
+        if len(lacking) == len(plans):
+            known = {known for plan in plans.values() for known in keys_of(plan.spec, plan.hooks)}
+            raise InputError(unknown("key", key, known).partition(" (available")[0] + ": none of the models has it")
+        if lacking:
+            watcher.note(f"--set {key} does not apply to {', '.join(lacking)}")
+    if preset is not None:
+        lacking = [name for name, plan in plans.items() if preset not in plan.spec.presets]
+        if len(lacking) == len(plans):
+            raise InputError(
+                unknown("preset", preset, {known for plan in plans.values() for known in plan.spec.presets})
+            )
+        if lacking:
+            watcher.note(f"there is no preset {preset} for {', '.join(lacking)}: their own default is used")
+
+
+class _Once(Watcher):
+    """Passes everything on, and each note once: many models are told the same of the data."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._said: set[str] = set()
+
+    def note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._watcher.note(text)
+
+    def failed(self, seed: int, reason: str) -> None:
+        self._watcher.failed(seed, reason)
+
+    def start(self, seed: int, number: str, config: Any) -> None:
+        self._watcher.start(seed, number, config)
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        self._watcher.step(epoch, step, steps)
+
+    def epoch(self, record: Epoch) -> None:
+        self._watcher.epoch(record)
