@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import InputError
 
-_SIMS_EDGES = {"Mult_acc_2": [0.0], "Mult_acc_3": [-0.1, 0.1], "Mult_acc_5": [-0.7, -0.1, 0.1, 0.7]}
+SIMS_EDGES = {"Mult_acc_2": [0.0], "Mult_acc_3": [-0.1, 0.1], "Mult_acc_5": [-0.7, -0.1, 0.1, 0.7]}
 """A class ends with its edge: (-0.1, 0.1] is neutral."""
 
 
@@ -36,10 +36,10 @@ def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") 
     >>> round(regression([1.2, -0.4, 2.0], [1.0, 0.0, -3.0])["MAE"], 4)
     1.8667
     """
-    p, t = _vectors(pred, truth)
+    p, t = vectors(pred, truth)
     if family == "sims":
         p, t = p.clip(-1, 1), t.clip(-1, 1)
-        classes = {name: (_interval(p, edges), _interval(t, edges)) for name, edges in _SIMS_EDGES.items()}
+        classes = {name: (interval(p, edges), interval(t, edges)) for name, edges in SIMS_EDGES.items()}
         scores = {name: _accuracy(*pair) for name, pair in classes.items()}
         scores["F1_score"] = _weighted_f1(*classes["Mult_acc_2"])
     elif family == "mosi":
@@ -54,7 +54,7 @@ def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") 
         }
     else:
         raise InputError(f"metrics exist for the families mosi and sims, got {family!r}")
-    return scores | {"MAE": float(np.abs(p.astype(np.float64) - t).mean()), "Corr": _correlation(p, t)}
+    return scores | {"MAE": float(np.abs(p.astype(np.float64) - t).mean()), "Corr": correlation(p, t)}
 
 
 def classification(logits: Any, classes: Any) -> dict[str, float]:
@@ -89,7 +89,7 @@ def classification(logits: Any, classes: Any) -> dict[str, float]:
     }
 
 
-def _vectors(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
+def vectors(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused below
         p, t = np.asarray(pred, dtype=np.float32), np.asarray(truth, dtype=np.float32)
     if p.ndim != 1 or p.shape != t.shape or not len(p):
@@ -102,7 +102,7 @@ def _vectors(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     return p, t
 
 
-def _interval(values: np.ndarray, edges: list[float]) -> np.ndarray:
+def interval(values: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.digitize(values, np.array(edges, dtype=np.float32), right=True)
 
 
@@ -118,7 +118,7 @@ def _weighted_f1(pred: np.ndarray, truth: np.ndarray) -> float:
     return float(f1_score(truth, pred, average="weighted"))
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])

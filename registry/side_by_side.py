@@ -18,9 +18,9 @@ from .contract import PublishedResult
 from .errors import InputError, unknown
 from .plugins import Plugins
 from .runs import finite
+from .statistics import DRAWS
 from .tables import Best, Rows
 
-DRAWS = 10_000
 NOT_A_GAP = "–"
 KINDS = {"paper": "the paper", "upstream": "upstream's table", "re-run": "independent re-runs"}
 _OWN_COLUMN = {"text encoder", "tuned for", "data"}

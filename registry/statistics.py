@@ -13,8 +13,9 @@ from zlib import crc32
 import numpy as np
 
 from .errors import InputError, unknown
-from .metrics import _SIMS_EDGES, _correlation, _interval, _vectors
+from .metrics import SIMS_EDGES, correlation, interval, vectors
 
+DRAWS = 10_000
 _FEWEST_DRAWS = 100
 _CHUNK = 1000
 """Draws computed at once, which bounds memory."""
@@ -52,7 +53,7 @@ def compare_predictions(
     family: Literal["mosi", "sims"],
     *,
     reference: str,
-    draws: int = 10_000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Difference]:
     """Return how every other model differs from the reference, by a paired bootstrap over videos and seeds.
@@ -125,7 +126,7 @@ class _VideoSums:
         correlations = scores[self.names.index("Corr")]
         for draw, seed in np.argwhere(np.isnan(correlations)):
             copies = weights[draw, self.video]
-            correlations[draw, seed] = _correlation(self.pred[seed].repeat(copies), self.truth.repeat(copies))
+            correlations[draw, seed] = correlation(self.pred[seed].repeat(copies), self.truth.repeat(copies))
         return scores
 
     def resampled(self, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -147,7 +148,7 @@ def _terms(p: np.ndarray, t: np.ndarray, family: str) -> list[_Term]:
         (("Corr",), _pearson, [one, x, y, x * x, y * y, x * y]),
     ]
     if family == "sims":
-        classes = {name: (_interval(p, edges), _interval(t, edges)) for name, edges in _SIMS_EDGES.items()}
+        classes = {name: (interval(p, edges), interval(t, edges)) for name, edges in SIMS_EDGES.items()}
         of_p, of_t = classes.pop("Mult_acc_2")
         terms.append((("Mult_acc_2", "F1_score"), _two_classes, [one, of_p, of_t, of_p & of_t]))
     elif family == "mosi":
@@ -189,7 +190,7 @@ def _checked(name: str, rows: Any, truth: Any, videos: Sequence[str]) -> tuple[n
     if not len(rows):
         raise InputError(f"model {name!r} needs predictions of at least one seed, got none")
     try:
-        pairs = [_vectors(row, truth) for row in rows]
+        pairs = [vectors(row, truth) for row in rows]
     except InputError as error:
         raise InputError(f"model {name!r}: {error}") from error
     if len(videos) != len(pairs[0][1]):

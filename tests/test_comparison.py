@@ -58,7 +58,8 @@ class Featureless(Mean):
 
 
 SEED = 2
-register_model("mean", summary="mean of audio", needs=("audio",), presets={"paper": {"mosi": {"weight_decay": 0.1}}})(Mean)
+PRESETS = {"paper": {"mosi": {"weight_decay": 0.1}}}
+register_model("mean", summary="mean of audio", needs=("audio",), presets=PRESETS)(Mean)
 register_model("half_bad", summary="fails in one seed", needs=("audio",))(type("HalfBad", (Bad,), {}))
 register_model("plain", summary="no features", needs=("audio",))(Featureless)
 register_model("human", summary="needs human labels", needs=("audio", "T"))(type("Human", (Mean,), {}))
@@ -168,7 +169,7 @@ def test_nothing_that_can_be_trained(compare):
         (["mean", "meen"], {}, "unknown model 'meen', did you mean 'mean'"),
         (["mean,,plain"], {}, "--models takes names with commas"),
         (["mean,mean"], {}, "--models names 'mean' twice"),
-        (["mean", "plain"], {"config": {"learning_rat": 1}}, "unknown key 'learning_rat', did you mean 'learning_rate'.*none"),
+        (["mean", "plain"], {"config": {"learning_rat": 1}}, "unknown key 'learning_rat'.*none of the models has it"),
         (["mean:batch_size=none"], {}, "mean:batch_size=none: config of mean: 'batch_size' must be an integer"),
         (["mean:learning_rat=1"], {}, "unknown key 'learning_rat'"),
         (["mean:fast"], {}, "takes KEY=VALUE, got 'fast'"),
