@@ -1,7 +1,7 @@
 """Published results of the baselines and of Self-MM on MOSI, MOSEI, SIMS and SIMSv2, to stand beside one's own.
 
 The text encoder is told of MMSA's regression results only, whose hyper-parameters say whether it was fine-tuned.
-In the Self-MM paper's tables Self-MM and MAG-BERT are by their own authors, the others are repetitions on BERT.
+The Self-MM paper's tables hold its own figures and what it sets beside them, some of it re-run (see the notes).
 """
 
 from __future__ import annotations

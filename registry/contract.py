@@ -294,7 +294,7 @@ class PublishedResult:
 
     Args:
         source: where they stand.
-        kind: the model's own paper, MMSA's table, or somebody's repetition.
+        kind: a paper's table, MMSA's table, or somebody's repetition.
         metrics: names as in `registry.metrics`; accuracies and F1 scores are fractions, MAE is in label units.
         std: spread over seeds of some of the metrics.
         data_setting: None where the source does not say.
