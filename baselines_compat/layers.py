@@ -34,6 +34,21 @@ def presets(model: str, **more: Any) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
+def one_rate(by_preset: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return presets that train the text encoder as everything else, where upstream has one rate and decay for both."""
+    return {
+        preset: {
+            dataset: {
+                **values,
+                "learning_rate_bert": values["learning_rate"],
+                "weight_decay_bert": values["weight_decay"],
+            }
+            for dataset, values in by_dataset.items()
+        }
+        for preset, by_dataset in by_preset.items()
+    }
+
+
 class TextConfig(Config):
     """Keys of every baseline: how it reads text, and how fast it learns."""
 
@@ -132,6 +147,13 @@ def last_state(rnn: nn.LSTM, sequence: Tensor, lengths: Tensor | None) -> Tensor
     return rnn(packed)[1][0][-1]
 
 
+def at_end(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the state (B, d) at the last real step of states (B, L, d) or, without lengths, after padding."""
+    if lengths is None:
+        return states[:, -1]
+    return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
 def align(sequence: Tensor, lengths: Tensor, to: Tensor, steps: int) -> Tensor:
     """Spread a sequence over the steps of another: step j gets the mean of the part of it that falls there.
 
@@ -158,6 +180,41 @@ def align(sequence: Tensor, lengths: Tensor, to: Tensor, steps: int) -> Tensor:
     total = total - sums.gather(1, start[:, :, None].expand(-1, -1, width))
     means = (total / (end - start).clamp(min=1)[:, :, None]).to(sequence.dtype)
     return torch.where(real_steps(to, steps)[:, :, None], means, 0.0)
+
+
+def fold(sequence: Tensor, steps: int) -> Tensor:
+    """Upstream's alignment of (B, L, d): step j gets the mean of steps j, j + steps, j + 2·steps …, padding or not.
+
+    Where they do not fill the last round, the last step is repeated.
+    """
+    missing = -sequence.shape[1] % steps
+    filled = torch.cat([sequence, sequence[:, -1:].expand(-1, missing, -1)], dim=1)
+    return filled.unflatten(1, (-1, steps)).mean(1)
+
+
+def on_text_steps(
+    batch: Batch, text: Tensor, lengths: Tensor, *, as_upstream: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return text, audio and vision (B, L, d) on the text's steps, for models that read them step by step.
+
+    Args:
+        batch: has audio and vision.
+        text: token states (B, L, d), of which `lengths` (B) are real.
+        as_upstream: padding is read like anything else, and audio and vision are folded.
+
+    Returns:
+        the sequences, and how many of their steps are real: None if all are to be read.
+    """
+    assert batch.audio is not None
+    assert batch.vision is not None
+    steps = text.shape[1]
+    if as_upstream:
+        return {"text": text, "audio": fold(batch.audio, steps), "vision": fold(batch.vision, steps)}, None
+    assert batch.audio_lengths is not None
+    assert batch.vision_lengths is not None
+    lengths = lengths.clamp(min=1)
+    audio = align(batch.audio, batch.audio_lengths, lengths, steps)
+    return {"text": text, "audio": audio, "vision": align(batch.vision, batch.vision_lengths, lengths, steps)}, lengths
 
 
 class Normalise(nn.BatchNorm1d):
