@@ -4,8 +4,8 @@ Unless `as_upstream`:
 - audio and vision are read to their own ends; upstream reads as many steps as the text has tokens;
 - `weight_decay` counts; upstream publishes it and does not use it.
 
-Upstream's adversarial loss (`use_cmd_sim=False`) ends in an error, and its moment loss has a gradient of NaN for a batch
-of one clip; here both work.
+Upstream's adversarial loss (`use_cmd_sim=False`) ends in an error, and its moment loss has a gradient of NaN for a
+batch of one clip; here both work.
 """
 
 from __future__ import annotations
