@@ -2,7 +2,6 @@
 
 - Audio and vision that are not aligned are spread over the tokens (`layers.align`); upstream's way, kept under
   `as_upstream`, gives a token steps from all over the clip, and padding (`layers.fold`).
-- The pooler behind the encoder starts at random: text encoders here come without their pretrained one.
 - There are no features: modalities are fused before anything encodes them, so none has a vector of its own, and
   hooks such as `ulgm` have nothing to train on.
 """
@@ -77,11 +76,14 @@ class Gate(nn.Module):
 
 
 class BertMAG(Baseline):
-    """A text encoder with the gate inside, and a linear layer on its pooled first token."""
+    """A text encoder with the gate inside, and a linear layer on its pooled first token.
+
+    An encoder that has no pooler gets one of BERT's form, which starts at random.
+    """
 
     def __init__(self, config: BertMAGConfig, data: DataInfo) -> None:
         super().__init__()
-        self.text = TextInput(config, data)
+        self.text = TextInput(config, data, pooler=True)
         settings = self._encoder().config
         if settings.model_type not in ENCODERS:
             raise InputError(
@@ -92,7 +94,7 @@ class BertMAG(Baseline):
         width = self.text.width
         dims = {name: data.dims[name] for name in ("vision", "audio")}
         self.gate = Gate(dims, width, config.beta_shift, config.dropout_prob)
-        self.pooler = nn.Linear(width, width)
+        self.pooler = None if getattr(self._encoder(), "pooler", None) else nn.Linear(width, width)
         self.dropout = nn.Dropout(getattr(settings, "hidden_dropout_prob", 0.1))
         self.head = nn.Linear(width, 1)
         for layer in (*self.gate.modules(), self.pooler, self.head):
@@ -111,7 +113,7 @@ class BertMAG(Baseline):
         # The hook lives for this call only: what it gives is what the encoder's layers read.
         with self._encoder().embeddings.register_forward_hook(lambda *call: self.gate(call[-1], beside)):
             states, _ = self.text(batch)
-        pooled = self.pooler(states[:, 0]).tanh()
+        pooled = self._encoder().pooler(states) if self.pooler is None else self.pooler(states[:, 0]).tanh()
         return FusionOutput(prediction=self.head(self.dropout(pooled)).squeeze(-1))
 
     def _aligned(self, batch: Batch, name: str) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, relu
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from registry import Batch, Config, DataInfo
 
@@ -77,13 +76,13 @@ class TextInput(nn.Module):
     They come from a text encoder that is trained with the model, or are the batch's features of a frozen one.
     """
 
-    def __init__(self, config: TextConfig, data: DataInfo) -> None:
+    def __init__(self, config: TextConfig, data: DataInfo, *, pooler: bool = False) -> None:
         super().__init__()
         self.width = data.dims["text"]
         self.encoder = None
         if config.finetune_text:
             assert data.text_encoder is not None
-            self.encoder = data.text_encoder.build()
+            self.encoder = data.text_encoder.build(pooler=pooler)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.encoder is not None:
@@ -139,19 +138,16 @@ def mean_over_steps(sequence: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(real[:, :, None], sequence, 0.0).sum(1) / lengths[:, None]
 
 
-def last_state(rnn: nn.LSTM, sequence: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the state (B, d) of an LSTM's last layer after the last real step or, without lengths, after padding."""
-    if lengths is None:
-        return rnn(sequence)[1][0][-1]
-    packed = pack_padded_sequence(sequence, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    return rnn(packed)[1][0][-1]
-
-
 def at_end(states: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the state (B, d) at the last real step of states (B, L, d) or, without lengths, after padding."""
     if lengths is None:
         return states[:, -1]
     return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
+def last_state(rnn: nn.LSTM, sequence: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the state (B, d) of a one-directional LSTM after the last real step or, without lengths, after padding."""
+    return at_end(rnn(sequence)[0], lengths)
 
 
 def align(sequence: Tensor, lengths: Tensor, to: Tensor, steps: int) -> Tensor:

@@ -1,7 +1,7 @@
 """LMF, Low-rank Multimodal Fusion: TFN's tensor and the layer on it, as a sum of `rank` products of modality factors.
 
-The weights of that sum and its bias, which upstream's optimiser leaves out, are trained; and the dropout after fusion,
-which upstream never applies, is applied, unless `as_upstream`. See also `layers.ModalityNets`.
+The weights of that sum and its bias, which upstream's optimiser leaves out, are trained unless `as_upstream`. See also
+`layers.ModalityNets`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LMFConfig(BaselineConfig):
     )
     rank: int = Field(3, ge=1, description="products in the sum")
     dropouts: tuple[float, float, float, float] = Field(
-        (0.3, 0.3, 0.3, 0.3), description="dropout of audio, vision, text and fusion"
+        (0.3, 0.3, 0.3, 0.3), description="dropout of audio, vision and text; the fourth is read nowhere, as upstream"
     )
 
 
@@ -48,7 +48,6 @@ class LMF(Baseline):
         self.factors = nn.ModuleDict(
             {name: nn.Linear(width + 1, config.rank, bias=False) for name, width in widths.items()}
         )
-        self.dropout = nn.Dropout(0.0 if config.as_upstream else config.dropouts[3])
         self.sum = nn.Linear(config.rank, 1).requires_grad_(not config.as_upstream)
         for weight in (*self.factors.parameters(), self.sum.weight):
             nn.init.xavier_normal_(weight)
@@ -60,7 +59,7 @@ class LMF(Baseline):
         product = 1.0
         for name, factor in self.factors.items():
             product = product * factor(pad(features[name], (1, 0), value=1.0))
-        prediction = self.sum(self.dropout(product)).squeeze(-1)
+        prediction = self.sum(product).squeeze(-1)
         return FusionOutput(prediction=prediction, features={**features, "fusion": product})
 
     def other_groups(self, config: LMFConfig) -> list[dict[str, Any]]:

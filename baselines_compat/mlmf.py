@@ -1,6 +1,6 @@
 """MLMF: LMF, and a head for each modality that learns its human label.
 
-See `lmf` (untrained weights, a dropout that is not applied) and `layers.ModalityNets` for what differs from upstream.
+See `lmf` (untrained weights) and `layers.ModalityNets` for what differs from upstream.
 """
 
 from __future__ import annotations

@@ -380,8 +380,6 @@ def _table(rows: Sequence[dict[str, str]], *, fold: bool, unbroken: int = 0) -> 
 
     Names, figures and columns of at most `unbroken` characters are never broken; headers are if `fold`.
     """
-    from .tables import Best
-
     table, width = Table(), 1
     for number, column in enumerate(rows[0]):
         cells = [row[column] for row in rows]
@@ -399,7 +397,7 @@ def _table(rows: Sequence[dict[str, str]], *, fold: bool, unbroken: int = 0) -> 
         width += widest + 3
     for row in rows:
         table.add_row(
-            *(f"[bold]{escape(value)}[/]" if isinstance(value, Best) else escape(value) for value in row.values())
+            *(f"[bold]{escape(value)}[/]" if hasattr(value, "is_best") else escape(value) for value in row.values())
         )
     return table, width
 

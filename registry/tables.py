@@ -20,7 +20,7 @@ Rows = list[dict[str, str]]
 class Best(str):
     """A cell that is the best of its column."""
 
-    __slots__ = ()
+    is_best = True
 
 
 MOST_SEED_COLUMNS = 5

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from registry import cli
 from tests.helpers import tiny_encoder
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_every_time() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

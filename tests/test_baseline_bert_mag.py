@@ -31,7 +31,7 @@ from tests.helpers import TINY_BERT
 from tests.test_baseline_misa import tokens, train_both, without_dropout
 
 NAMES = {
-    **{"text.encoder.model": "model.bert", "pooler": "model.bert.pooler.dense", "head": "model.classifier"},
+    **{"text.encoder.model": "model.bert", "head": "model.classifier"},
     **{"gate.gates.vision": "model.bert.MAG.W_hv", "gate.gates.audio": "model.bert.MAG.W_ha"},
     **{"gate.shifts.vision": "model.bert.MAG.W_v", "gate.shifts.audio": "model.bert.MAG.W_a"},
     "gate.norm": "model.bert.MAG.LayerNorm",
@@ -148,8 +148,8 @@ def test_new_layers_start_as_the_encoder_s():
     wide = TextEncoder.from_config({**TINY_BERT, "hidden_size": 64, "initializer_range": 0.01}, name="wide")
     data = replace(info(), text_encoder=wide, dims={**DIMS, "text": 64})
     model = bert_mag.SPEC.build(configured(bert_mag.SPEC), data)
-    for layer in (*model.gate.gates.values(), *model.gate.shifts.values(), model.pooler):
-        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.15)
+    for layer in (*model.gate.gates.values(), *model.gate.shifts.values(), model.head):
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.3)
         assert not layer.bias.any()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import dropout
 
 from baselines_compat.lmf import SPEC
 from registry.testing import check_model
@@ -86,18 +85,6 @@ def test_factors_have_a_rate_of_their_own():
     assert (others["lr"], others["weight_decay"]) == (2e-3, 0.005)
     assert [tuple(factor.shape) for factor in factors["params"]] == [(4, 33), (4, 17), (4, 65)]
     assert len(factors["params"]) + len(others["params"]) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("preset", ["mmsa", "corrected"])
-def test_dropout_after_fusion(preset):
-    _, ours = pair(preset)
-    ours.dropout.train()
-    torch.manual_seed(1)
-    output = ours(batch())
-    torch.manual_seed(1)
-    products = output.features["fusion"]
-    kept = dropout(products, 0.4) if preset == "corrected" else products
-    torch.testing.assert_close(output.prediction, ours.sum(kept)[:, 0])
 
 
 def test_factors_start_as_upstream_s():

@@ -167,8 +167,8 @@ def test_each_dropout_is_where_upstream_has_it(module):
     for name, other in (("audio", "audio"), ("vision", "video")):
         assert getattr(ours.nets, name).dropout.p == theirs.get_submodule(f"Model.{other}_subnet.drop").p, name
     assert ours.nets.text.dropout.p == theirs.Model.text_prob
-    fusion = ours.single_task.dropout if module is mlmf else ours.single_task.fusion.dropout
-    assert fusion.p == theirs.Model.post_fusion_prob
+    if module is not mlmf:  # upstream has it there, and never applies it
+        assert ours.single_task.fusion.dropout.p == theirs.Model.post_fusion_prob
 
 
 # --- the published figures
@@ -225,7 +225,7 @@ def test_a_step_moves_every_parameter_that_is_trained(module, preset):
     model = module.SPEC.build(config, info())
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     optimizer = make_optimizer(model, [], config)
-    data = batch(tasks="MTAV")
+    data = batch(tasks="MTAV", clips=5)  # an odd number, of which the L1's signs cannot cancel
     total(model.train()(data), data.labels).backward()
     optimizer.step()
     still = {name for name, tensor in model.named_parameters() if torch.equal(tensor, before[name])}
@@ -259,15 +259,6 @@ def test_the_dropout_of_text_is_applied_here(module):
     for preset, changes in (("corrected", True), ("mmsa", False)):
         model = pair(module, preset, **only_text)[0].train()
         first, again = (model(data).unimodal["text"] for _ in range(2))
-        assert torch.equal(first, again) != changes, preset
-
-
-def test_mlmf_applies_the_dropout_of_fusion():
-    data = batch(tasks="MTAV", full=True)
-    only_fusion = {**NO_DROPOUT, "post_dropouts": (0.0, 0.0, 0.0, 0.9)}
-    for preset, changes in (("corrected", True), ("mmsa", False)):
-        model = pair(mlmf, preset, **only_fusion)[0].train()
-        first, again = (model(data).prediction for _ in range(2))
         assert torch.equal(first, again) != changes, preset
 
 

@@ -69,6 +69,12 @@ def test_text_features_where_they_are_asked_for(tmp_path, steps):
     assert (batch.text_lengths.tolist() == lengths.tolist()) if steps == 9 else (batch.text_lengths is None)
 
 
+def test_a_model_that_needs_padding_gets_all_of_it(arrays):
+    batch = Split(arrays, arrays.text_bert, CPU, train=False, needs=("audio", "padding")).batch(torch.tensor([1]))
+    assert batch.text_ids.shape[1] == arrays.text_bert.shape[2] > batch.text_mask.sum()
+    assert batch.audio.shape[1] == arrays.audio.shape[1]
+
+
 class Lengths(nn.Module):
     """Predicts a number that tells the clip, and writes down how long its batches were."""
 

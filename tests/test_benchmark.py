@@ -37,7 +37,7 @@ def quick(tmp_path, encoder):
             model,
             options.pop("dataset", "custom"),
             data=data,
-            text_encoder=encoder,
+            text_encoder=options.pop("text_encoder", encoder),
             label_range=3.0,
             runs=tmp_path / runs,
             config={**QUICK, **(config or {})},
@@ -497,9 +497,27 @@ def test_aligned_steps_stand_side_by_side_in_every_batch(quick, tmp_path):
     def features(steps: int) -> dict[str, dict[str, np.ndarray]]:
         return {split: {"text": np.ones((n, steps, 2))} for split, n in (("train", 8), ("valid", 4), ("test", 4))}
 
-    assert quick(aligned(tmp_path, **features(9)), "mean", plugins=[file]).ok
+    assert quick(aligned(tmp_path, **features(9)), "mean", plugins=[file], text_encoder=None).ok
     with pytest.raises(InputError, match=r"mean needs word-aligned features, and aligned\.pkl is not aligned"):
-        quick(aligned(tmp_path, **features(1)), "mean", plugins=[file])
+        quick(aligned(tmp_path, **features(1)), "mean", plugins=[file], text_encoder=None)
+
+
+def test_whose_text_features(quick, tmp_path, encoder):
+    """The file's own, unless a text encoder is named or there are none."""
+    forward = "self.seen = batch.text.shape[2]; return FusionOutput(self.linear(mean)[:, 0])"
+    file = plugin(tmp_path, forward, options=', needs=("audio", "text_features")')
+    few = {split: {"text": np.ones((n, 9, 6))} for split, n in (("train", 8), ("valid", 4), ("test", 4))}
+    having = feature_file(tmp_path, name="having.pkl", **few)
+    for data, name, width, said in (
+        (having, None, 6, "the file's text features, frozen"),
+        (having, encoder, 8, f"{encoder}, frozen"),
+        (None, encoder, 8, f"{encoder}, frozen"),
+    ):
+        result = quick(data, "mean", plugins=[file], text_encoder=name)
+        assert load_run(result.runs[0].folder).settings["data"]["dims"]["text"] == width
+        assert result.protocol["text encoder"] == said
+    with pytest.raises(InputError, match="dataset 'custom' needs --text-encoder"):
+        quick(None, "mean", plugins=[file], text_encoder=None)
 
 
 def test_labels_and_text_features_are_asked_for(quick, tmp_path):
@@ -508,8 +526,9 @@ def test_labels_and_text_features_are_asked_for(quick, tmp_path):
     with pytest.raises(InputError, match=r"needs labels 'T', and features\.pkl has only M"):
         quick(model="needs_labels", plugins=[file])
     file = plugin(tmp_path, forward, "needs_text", options=', needs=("audio", "text_features")')
-    with pytest.raises(InputError, match=r"needs text_features, and features\.pkl has no key text"):
-        quick(model="needs_text", plugins=[file])
+    mute = feature_file(tmp_path, name="mute.pkl", raw_text=None, text_bert=None)
+    with pytest.raises(InputError, match=r"needs text_features, and mute\.pkl has no key text, text_bert or raw_text"):
+        quick(mute, model="needs_text", plugins=[file])
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_every_key_is_read_by_something(tmp_path, encoder, monkeypatch):
         text_encoder=encoder,
         label_range=3.0,
         runs=tmp_path / "runs",
-        config={"epochs": 1},
+        config={"epochs": 1, "scheduler": "plateau"},
     )
     assert read == {*config_class(SELF_MM).model_fields, *(f"hook.{key}" for key in UlgmConfig.model_fields)}
 

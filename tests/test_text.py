@@ -281,3 +281,54 @@ def test_text_in_another_language_is_said(tmp_path):
     file = read(feature_file(tmp_path, text_bert=None, raw_text=lambda texts: ["这 个 电 影"] * len(texts)))
     notes = tokenise(file, encoder, default_encoder=None)[1]
     assert any("does not know 67% of the tokens: it may be an encoder for another language" in note for note in notes)
+
+
+# --- features of a frozen encoder
+
+
+@pytest.fixture
+def tokenised(tmp_path):
+    """A file, its tokens and the tiny encoder that they were made for."""
+    encoder = find_text_encoder(str(tiny_encoder(tmp_path / "encoder")))
+    file = read_feature_file(feature_file(tmp_path), label_range=3.0)
+    tokens, _ = tokenise(file, encoder, default_encoder=None)
+    return file, tokens, encoder
+
+
+def test_frozen_features_are_the_encoder_s_states(tokenised):
+    file, tokens, encoder = tokenised
+    made = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), None)
+    model = encoder.build().eval()
+    for name, split in made.splits.items():
+        for clip, (ids, mask, segments) in enumerate(tokens[name]):
+            length = mask.sum()
+            alone = torch.from_numpy(np.stack([ids, mask, segments])[:, None, :length])
+            expected = model(*alone)[0].detach().numpy()
+            np.testing.assert_allclose(split.text[clip, :length], expected, atol=1e-5)
+            assert not split.text[clip, length:].any()
+            assert split.text_lengths[clip] == length
+    assert file.splits["train"].text is None
+
+
+def test_frozen_features_are_kept_and_found(tokenised, tmp_path, monkeypatch):
+    file, tokens, encoder = tokenised
+    cache = tmp_path / "cache"
+    first = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), cache)
+    (kept,) = cache.iterdir()
+    monkeypatch.setattr(text, "_states", lambda *_: pytest.fail("they were there"))
+    again = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), cache)
+    for name in file.splits:
+        np.testing.assert_array_equal(again.splits[name].text, first.splits[name].text)
+    monkeypatch.undo()
+    kept.write_bytes(kept.read_bytes()[:-7])
+    mended = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), cache)
+    np.testing.assert_array_equal(mended.splits["test"].text, first.splits["test"].text)
+    assert text._load(kept) is not None
+
+
+def test_other_tokens_have_other_features(tokenised, tmp_path):
+    file, tokens, encoder = tokenised
+    text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), tmp_path / "cache")
+    tokens["test"][0, 0, 1] += 1
+    text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2

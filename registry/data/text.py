@@ -66,10 +66,11 @@ class TextEncoder:
         tokens = config.get("max_position_embeddings", 512)
         return cls(name, None, config, width=_hugging_face(config).hidden_size, max_tokens=tokens, sha256="")
 
-    def build(self) -> TextModel:
+    def build(self, *, pooler: bool = False) -> TextModel:
         """Return the encoder in float32, with the weights in `source`.
 
-        It is called with token ids, mask and segments (B, L) and gives the last hidden state (B, L, width).
+        It is called with token ids, mask and segments (B, L) and gives the last hidden state (B, L, width). With
+        `pooler`, `.model.pooler` is kept where the encoder has one: from the last hidden state to (B, width).
 
         Raises:
             InputError: the weights do not fit the configuration, or some are missing.
@@ -77,7 +78,7 @@ class TextEncoder:
         from transformers import AutoModel
 
         if self.source is None:
-            return TextModel(AutoModel.from_config(_hugging_face(self.config)).float())
+            return TextModel(AutoModel.from_config(_hugging_face(self.config)).float(), pooler=pooler)
         try:
             with _quiet():
                 model, loading = AutoModel.from_pretrained(self.source, output_loading_info=True, **_LOCAL)
@@ -88,7 +89,7 @@ class TextEncoder:
             raise InputError(
                 f"text encoder {self.name!r}: its weights lack {len(absent)} tensors, as {sorted(absent)[0]}"
             )
-        return TextModel(model.float())
+        return TextModel(model.float(), pooler=pooler)
 
     def tokenizer(self) -> Any:
         """Return the Hugging Face tokenizer."""
@@ -103,11 +104,11 @@ class TextEncoder:
 
 
 class TextModel(nn.Module):
-    """A Hugging Face encoder, `.model`, without the pooler that nothing here uses."""
+    """A Hugging Face encoder, `.model`, without the pooler unless it is wanted."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, pooler: bool = False) -> None:
         super().__init__()
-        if getattr(model, "pooler", None) is not None:
+        if not pooler and getattr(model, "pooler", None) is not None:
             model.pooler = None  # type: ignore[assignment]
         self.model = model
         accepted = inspect.signature(model.forward).parameters
@@ -392,8 +393,9 @@ def with_frozen_text(
     for name, made in tokens.items():
         key.update(f"{name}{made.shape}".encode() + made.tobytes())
     kept = cache / f"text-{key.hexdigest()[:24]}.safetensors" if cache else None
-    states = _load(kept) or _states(tokens, encoder, device)
-    if kept and not kept.exists():
+    states = _load(kept)
+    if states is None:
+        states = _states(tokens, encoder, device)
         _keep(states, kept)
     splits = {}
     for name, split in file.splits.items():
@@ -431,8 +433,10 @@ def _load(path: Path | None) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _keep(states: dict[str, np.ndarray], path: Path) -> None:
+def _keep(states: dict[str, np.ndarray], path: Path | None) -> None:
     """Write a cache file whole or not at all; what cannot be kept is computed again next time."""
+    if path is None:
+        return
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
