@@ -40,6 +40,7 @@ from registry import Batch, Config, DataInfo, FusionOutput, InputError, ModelSpe
 from .layers import FINE_TUNED, FROZEN, Normalise, on_text_steps, real_steps
 
 try:
+    import MMSA  # noqa: F401 (first, so that it is MMSA that is said to be missing)
     from easydict import EasyDict
     from MMSA.models.missingTask.TFR_NET.model import TFR_NET as UpstreamTFRNet  # noqa: N811
     from MMSA.models.singleTask.MCTN import MCTN as UpstreamMCTN  # noqa: N811
