@@ -200,6 +200,9 @@ def compare(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
+    ] = 1,
     published: Published = False,
     form: Format = "table",
     target: OutFile = None,
@@ -228,6 +231,7 @@ def compare(
                 runs=runs,
                 plugins=plugin,
                 watcher=watcher,
+                jobs=jobs,
                 before=lambda name, number, of: watcher.note(f"model {number} of {of}: {name}"),
             )
     except KeyboardInterrupt:

@@ -6,17 +6,23 @@ comparison.frame(), comparison.rows[0].mean["MAE"], comparison.differences["tfn"
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .benchmark import Result, SeedRun
 from .benchmark import run as run_model
@@ -203,13 +209,14 @@ def compare(
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     watcher: Watcher | None = None,
+    jobs: int = 1,
     before: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Train and test every model that is not yet, and return them side by side.
 
     Args:
         models: names as for `registry.run`, each perhaps with settings of its own, as `"tfn:finetune_text=true"`;
-            `"all"` stands for every registered model.
+            `"all"` stands for every registered model that is not named.
         dataset: as for `registry.run`.
         also_with: hooks to add to each model, one row each, where the model allows it.
         data, text_encoder, label_range, device, runs, plugins: as for `registry.run`.
@@ -217,7 +224,9 @@ def compare(
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
         watcher: is told of progress.
-        before: is told each model's name, its number and how many there are, before it is trained.
+        jobs: models trained at once, in processes of their own that share the machine's cores; what they say of
+            epochs is then left out.
+        before: is told each model's name, its number and how many there are, before what is to be said of it.
 
     Returns:
         Every model, also those that failed.
@@ -247,36 +256,87 @@ def compare(
             make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+    options = {
+        "dataset": dataset,
+        "data": data,
+        "text_encoder": text_encoder,
+        "seeds": seeds,
+        "label_range": label_range,
+        "device": device,
+        "runs": runs,
+        "plugins": plugins,
+    }
     done = []
-    for number, (name, plan) in enumerate(plans.items(), 1):
-        if before:
-            before(name, number, len(plans))
-        try:
-            result = run_model(
-                plan.model,
-                dataset,
-                data=data,
-                text_encoder=text_encoder,
-                seeds=seeds,
-                label_range=label_range,
-                device=device,
-                runs=runs,
-                plugins=plugins,
-                watcher=watcher,
-                **plan.options,
-            )
-        except BenchmarkError as error:
-            if name in optional and isinstance(error, InputError):
-                watcher.note(f"{name} is left out: {error}")
+    with _workers(jobs) as submit:
+        trained = {name: submit({"model": plan.model, **options, **plan.options}) for name, plan in plans.items()}
+        for number, (name, train) in enumerate(trained.items(), 1):
+            if before:
+                before(name, number, len(plans))
+            row, refused = train(name, watcher)
+            if refused and name in optional:
+                watcher.note(f"{name} is left out: {row.reason}")
                 continue
-            watcher.note(f"{name} failed: {error}")
-            done.append(Row(name, reason=str(error)))
-        else:
-            failed = {run.seed: run.reason or "" for run in result.runs if run.status == "failed"}
-            done.append(Row(name, [load_run(run.folder) for run in result.ok if run.folder], failed))
+            if row.reason is not None:
+                watcher.note(f"{name} failed: {row.reason}")
+            done.append(row)
     if all(row.reason for row in done):
         raise InputError(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
     return Comparison(dataset, done)
+
+
+_Train = Callable[[str, Watcher], tuple[Row, bool]]
+"""Gives a model's row, and whether its input was refused, once it is trained; tells the watcher of it."""
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[[dict[str, Any]], _Train]]:
+    """Give what takes the arguments of `run` and has it done: when it is asked for, or by one of several processes."""
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
+    if jobs == 1:
+        yield lambda options: lambda name, watcher: _train(name, options, watcher)
+        return
+    # A fork would share torch's threads and the GPU's state.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _share_cores, (jobs,))
+
+    def submit(options: dict[str, Any]) -> _Train:
+        future = pool.submit(_train_elsewhere, options)
+
+        def wait(name: str, watcher: Watcher) -> tuple[Row, bool]:
+            try:
+                row, refused, said = future.result()
+            except BrokenProcessPool:  # perhaps for want of memory
+                return Row(name, reason="its process, or one beside it, was killed"), False
+            for call, *words in said:
+                getattr(watcher, call)(*words)
+            return replace(row, name=name), refused
+
+        return wait
+
+    try:
+        yield submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _share_cores(jobs: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _train_elsewhere(options: dict[str, Any]) -> tuple[Row, bool, list[tuple[Any, ...]]]:
+    """Train in this process, and return what was said as well."""
+    kept = _Kept()
+    with redirect_stdout(sys.stderr):  # what a plugin prints is not a result
+        return *_train("", options, kept), kept.said
+
+
+def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, bool]:
+    try:
+        result = run_model(**options, watcher=watcher)
+    except BenchmarkError as error:
+        return Row(name, reason=str(error)), isinstance(error, InputError)
+    failed = {run.seed: run.reason or "" for run in result.runs if run.status == "failed"}
+    return Row(name, [load_run(run.folder) for run in result.ok if run.folder], failed), False
 
 
 def collect(folders: Sequence[str | Path], reference: str | None = None) -> Comparison:
@@ -357,7 +417,7 @@ def _expand(models: Sequence[str], plugins: Plugins, watcher: Watcher) -> list[s
     for entry, spec in plugins.check("model"):
         if isinstance(spec, BenchmarkError):
             watcher.note(f"{entry.name} is left out: {spec}")
-        elif entry.name not in names:
+        elif entry.name not in {name.partition(":")[0] for name in names}:
             rest.append(entry.name)
     at = names.index(ALL)
     return [*names[:at], *rest, *names[at + 1 :]]
@@ -405,6 +465,19 @@ def _check_used(shared: Mapping[str, Any], preset: str | None, plans: Mapping[st
             )
         if lacking:
             watcher.note(f"there is no preset {preset} for {', '.join(lacking)}: their own default is used")
+
+
+class _Kept(Watcher):
+    """Keeps notes and failures."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Any, ...]] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(("note", text))
+
+    def failed(self, seed: int, reason: str) -> None:
+        self.said.append(("failed", seed, reason))
 
 
 class _Once(Watcher):

@@ -43,6 +43,7 @@ SELF_MM = ModelSpec(
     hook_config=SelfMMConfig.hook_values,
     needs=lambda config: config.modalities,
     per_sample=True,
+    tuned_for="BERT-base, fine-tuned",
     import_checkpoint=_import_checkpoint,
     citation=CITATION,
     url=URL,

@@ -131,9 +131,27 @@ def test_seeds_that_are_none(text):
 
 
 def test_list(benchmark):
+    models = [
+        "bert_mag",
+        "ef_lstm",
+        "graph_mfn",
+        "lf_dnn",
+        "lmf",
+        "mfm",
+        "mfn",
+        "misa",
+        "mlf_dnn",
+        "mlmf",
+        "mtfn",
+        "mult",
+        "self_mm",
+        "text_only",
+        "tfn",
+    ]
     for kind, names in {
-        "models": ["self_mm"],
-        "hooks": ["ulgm"],
+        "models": [*models[:10], "mmsa_mctn", "mmsa_mmim", "mmsa_tfr_net", *models[10:]],
+        "hooks": ["heads", "ulgm"],
+        "published": ["mmsa"],
         "datasets": ["custom", "demo", "mosei", "mosi", "sims", "simsv2"],
     }.items():
         code, out, _ = benchmark("list", kind, "--json")
@@ -261,7 +279,7 @@ def test_broken_feature_files(benchmark, command, tmp_path, empty_folder, kind, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-m", "self_m"], "unknown model 'self_m', did you mean 'self_mm'? (available: self_mm)"),
+        (["-m", "self_m"], "unknown model 'self_m', did you mean 'self_mm'? (available: bert_mag, "),
         (["-d", "mosy"], "unknown dataset 'mosy', did you mean 'mosi'?"),
         (["--set", "batch_sise=3"], "unknown key 'batch_sise', did you mean 'batch_size'?"),
         (["--set", "early_stop=soon"], "'early_stop' must be an integer, got 'soon'"),

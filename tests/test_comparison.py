@@ -222,8 +222,26 @@ def test_all_is_every_model_that_is_not_named(compare, monkeypatch):
         return [pair for pair in everything(self, kind) if pair[0].name in ("mean", "plain", "human")]
 
     monkeypatch.setattr(plugins.Plugins, "check", few)
-    comparison = compare(["plain", "all"], seeds=(1,))
-    assert [row.name for row in comparison.rows] == ["plain", "human", "mean"]
+    comparison = compare(["plain", "mean:batch_size=2", "all"], seeds=(1,))
+    assert [row.name for row in comparison.rows] == ["plain", "mean:batch_size=2", "human"]
+
+
+def test_several_at_once_are_the_same_rows(compare, tmp_path):
+    told = Told()
+    rows = compare(["mean", "half_bad", "human", "mean+heads"], told=told, jobs=2).rows
+    assert [row.name for row in rows] == ["mean", "half_bad", "human", "mean+heads"]
+    assert [row.label for row in rows][1] == "1 of 2 seeds failed: RuntimeError: it broke"
+    assert rows[2].reason.startswith("human needs labels 'T'")
+    assert any(note.startswith("human failed: human needs labels 'T'") for note in told.notes)
+    assert told.seeds == []
+    again = compare(["mean", "mean+heads"], told=told)
+    assert [row.mean for row in again.rows] == [rows[0].mean, rows[3].mean]
+    assert told.seeds == []  # they were found
+
+
+def test_no_jobs_at_all(compare):
+    with pytest.raises(InputError, match="--jobs must be at least 1, got 0"):
+        compare(["mean"], jobs=0)
 
 
 def test_a_note_is_said_once(compare):
