@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import pad, relu
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
@@ -68,7 +68,10 @@ class EFLSTM(Baseline):
         self.layer_2 = nn.Linear(config.hidden_dims, 1)
 
     def forward(self, batch: Batch) -> FusionOutput:
-        aligned, lengths = on_text_steps(batch, *self.text(batch), as_upstream=self.as_upstream)
+        states, lengths = self.text(batch)
+        if self.as_upstream:  # a split's tokens may be padded to less than another's
+            states = pad(states, (0, 0, 0, self.norm.num_features - states.shape[1]))
+        aligned, lengths = on_text_steps(batch, states, lengths, as_upstream=self.as_upstream)
         joined = torch.cat([aligned["text"], aligned["audio"], aligned["vision"]], dim=-1)
         normal = self.norm(joined) if lengths is None else self.norm(joined, lengths)
         state = at_end(self.rnn(normal)[0], lengths)

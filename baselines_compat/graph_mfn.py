@@ -87,7 +87,7 @@ class GraphMFN(Baseline):
         super().__init__()
         self.text = TextInput(config, data)
         self.as_upstream = config.as_upstream
-        dims = {**data.dims, "text": self.text.width}
+        dims = data.dims
         widths = dict(zip(MODALITIES, config.hidden_dims, strict=True))
         self.rnn = nn.ModuleDict({name: nn.LSTM(dims[name], width, batch_first=True) for name, width in widths.items()})
         self.transform = nn.ModuleDict({name: nn.Linear(2 * width, width) for name, width in widths.items()})

@@ -18,18 +18,21 @@ FROZEN, FINE_TUNED = "BERT-base, frozen", "BERT-base, fine-tuned"
 """which text encoder upstream's hyper-parameters were published for"""
 
 
-def presets(model: str, **more: Any) -> dict[str, dict[str, dict[str, Any]]]:
+def presets(
+    model: str, *, instead: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Return upstream's hyper-parameters: `corrected`, and `mmsa` with upstream's behaviour as well.
 
     Args:
         model: upstream's name of it.
+        instead: values of `mmsa` that upstream uses instead of those it publishes.
         more: further values of both presets, for every dataset.
     """
     published = json.loads((files("baselines_compat") / "presets" / "mmsa.json").read_text("utf-8"))[model]
     corrected = {dataset: {**values, **more} for dataset, values in published.items()}
     return {
         "corrected": corrected,
-        "mmsa": {dataset: {**values, "as_upstream": True} for dataset, values in corrected.items()},
+        "mmsa": {dataset: {**values, **(instead or {}), "as_upstream": True} for dataset, values in corrected.items()},
     }
 
 
@@ -64,9 +67,9 @@ class BaselineConfig(TextConfig):
     as_upstream: bool = Field(False, description="keep what upstream gets wrong, as its padding (docs/differences.md)")
 
 
-def needs(config: TextConfig) -> tuple[str, ...]:
+def needs(config: BaselineConfig) -> tuple[str, ...]:
     """Return what a baseline needs of the data: text as its config has it, audio and vision."""
-    padding = ("padding",) if getattr(config, "as_upstream", False) else ()
+    padding = ("padding",) if config.as_upstream else ()
     return ("text" if config.finetune_text else "text_features", "audio", "vision", *padding)
 
 
@@ -95,14 +98,19 @@ class TextInput(nn.Module):
 
     def parameter_groups(self, config: TextConfig) -> list[dict[str, Any]]:
         """Return the optimiser's groups of the text encoder; they are empty where it is frozen."""
-        decayed: list[Tensor] = []
-        spared: list[Tensor] = []
-        for name, parameter in self.named_parameters():
-            (spared if "bias" in name or "norm" in name.lower() else decayed).append(parameter)
-        return [
-            {"params": decayed, "lr": config.learning_rate_bert, "weight_decay": config.weight_decay_bert},
-            {"params": spared, "lr": config.learning_rate_bert, "weight_decay": 0.0},
-        ]
+        return text_groups(self, config)
+
+
+def text_groups(encoder: nn.Module, config: TextConfig) -> list[dict[str, Any]]:
+    """Return a text encoder's groups: its biases and LayerNorms are not decayed."""
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
+    for name, parameter in encoder.named_parameters():
+        (spared if "bias" in name or "norm" in name.lower() else decayed).append(parameter)
+    return [
+        {"params": decayed, "lr": config.learning_rate_bert, "weight_decay": config.weight_decay_bert},
+        {"params": spared, "lr": config.learning_rate_bert, "weight_decay": 0.0},
+    ]
 
 
 class Baseline(nn.Module):
@@ -238,9 +246,9 @@ class FeatureNet(nn.Module):
 
 
 class TextNet(nn.Module):
-    """TFN's network for text: the last state of an LSTM over token states (B, L, d) → dropout → linear."""
+    """TFN's network for text, MFM's for each modality: the last state of an LSTM over (B, L, d) → dropout → linear."""
 
-    def __init__(self, in_features: int, hidden: int, out: int, dropout: float) -> None:
+    def __init__(self, in_features: int, hidden: int, out: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.rnn = nn.LSTM(in_features, hidden, batch_first=True)
         self.dropout = nn.Dropout(dropout)

@@ -12,8 +12,6 @@ are spread over the text's real tokens, and only real steps are read and reconst
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from torch.nn.functional import relu
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, TextInput, at_end, needs, on_text_steps, presets, real_steps
+from .layers import FROZEN, Baseline, TextInput, TextNet, needs, on_text_steps, presets, real_steps
 from .mfn import MODALITIES, MemoryFusion, MFNConfig, Network, Sizes
 
 
@@ -53,18 +51,6 @@ class MFMConfig(MFNConfig):
     lda_xl: float = Field(0.5, ge=0, description="weight of the text's reconstruction")
     lda_xa: float = Field(0.01, ge=0, description="weight of the audio's reconstruction")
     lda_xv: float = Field(0.5, ge=0, description="weight of the vision's reconstruction")
-
-
-class Encoder(nn.Module):
-    """An LSTM's last state (B, d) → linear: a modality's code."""
-
-    def __init__(self, in_features: int, out: int) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(in_features, out, batch_first=True)
-        self.linear = nn.Linear(out, out)
-
-    def forward(self, sequence: Tensor, lengths: Tensor | None) -> Tensor:
-        return self.linear(at_end(self.rnn(sequence)[0], lengths))
 
 
 class Decoder(nn.Module):
@@ -111,7 +97,7 @@ class MFM(Baseline):
         super().__init__()
         self.text = TextInput(config, data)
         self.as_upstream = config.as_upstream
-        dims = {**data.dims, "text": self.text.width}
+        dims = data.dims
         codes = dict(zip(MODALITIES, (config.zl_size, config.za_size, config.zv_size), strict=True))
         factors = dict(zip(MODALITIES, (config.fl_size, config.fa_size, config.fv_size), strict=True))
         dropouts = (config.zl_to_fl_dropout, config.za_to_fa_dropout, config.zv_to_fv_dropout)
@@ -125,7 +111,7 @@ class MFM(Baseline):
         self.code = nn.Linear(self.fusion.width, config.zy_size)
         self.factor = factor(config.zy_size, config.fy_size, config.zy_to_fy_dropout)
         self.head = Network(config.fy_size, {"drop": config.fy_to_y_dropout, "shapes": config.fy_size}, 1)
-        self.encoders = nn.ModuleDict({name: Encoder(dims[name], codes[name]) for name in MODALITIES})
+        self.encoders = nn.ModuleDict({name: TextNet(dims[name], codes[name], codes[name]) for name in MODALITIES})
         self.factors = nn.ModuleDict(
             {name: factor(codes[name], factors[name], p) for name, p in zip(MODALITIES, dropouts, strict=True)}
         )
@@ -133,11 +119,6 @@ class MFM(Baseline):
             {name: Decoder(config.fy_size + factors[name], dims[name]) for name in MODALITIES}
         )
         self.feature_dims = {**codes, "fusion": config.fy_size}
-
-    def other_groups(self, config: MFMConfig) -> list[dict[str, Any]]:
-        """Return `Baseline`'s groups, as_upstream with the rate that upstream trains at."""
-        rate = 1e-3 if self.as_upstream else config.learning_rate
-        return [{**group, "lr": rate} for group in super().other_groups(config)]
 
     def forward(self, batch: Batch) -> FusionOutput:
         sequences, lengths = on_text_steps(batch, *self.text(batch), as_upstream=self.as_upstream)
@@ -166,7 +147,7 @@ SPEC = ModelSpec(
     summary="MFM: a factor of the sentiment, factors of each modality's own, and reconstructions from them",
     build=MFM,
     config=MFMConfig,
-    presets=presets("mfm"),
+    presets=presets("mfm", instead={"learning_rate": 1e-3}),
     training=Training(batch_size=64),
     needs=needs,
     tuned_for=FROZEN,

@@ -159,7 +159,7 @@ class MFN(Baseline):
         super().__init__()
         self.text = TextInput(config, data)
         self.as_upstream = config.as_upstream
-        self.fusion = MemoryFusion(config, {**data.dims, "text": self.text.width})
+        self.fusion = MemoryFusion(config, data.dims)
         self.head = Network(self.fusion.width, config.outConfig, 1)
         self.feature_dims = {**self.fusion.widths, "fusion": config.outConfig["shapes"]}
 

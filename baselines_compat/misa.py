@@ -143,10 +143,6 @@ class MISA(Baseline):
         whose = torch.arange(len(MODALITIES), device=codes.device).repeat_interleave(len(codes) // len(MODALITIES))
         return cross_entropy(logits, whose)
 
-    def parameter_groups(self, config: MISAConfig) -> list[dict[str, Any]]:
-        groups = super().parameter_groups(config)
-        return [{**group, "weight_decay": 0.0} for group in groups] if config.as_upstream else groups
-
 
 def overlap(first: Tensor, second: Tensor) -> Tensor:
     """Return 0 where each column of `first` (B, d) is orthogonal to each of `second`, with rows centred and scaled."""
@@ -184,7 +180,7 @@ SPEC = ModelSpec(
     summary="MISA: what modalities share, what each has of its own, and attention over both",
     build=MISA,
     config=MISAConfig,
-    presets=one_rate(presets("misa", tail="drop")),
+    presets=one_rate(presets("misa", instead={"weight_decay": 0.0}, tail="drop")),
     training=Training(criterion="mse", batch_size=16, update_epochs=2, clip_value=0.8),
     needs=needs,
     tuned_for=FINE_TUNED,

@@ -37,7 +37,7 @@ from torch.nn.functional import l1_loss, pad
 
 from registry import Batch, Config, DataInfo, FusionOutput, InputError, ModelSpec, TextEncoder, Training
 
-from .layers import FINE_TUNED, FROZEN, Normalise, on_text_steps, real_steps
+from .layers import FINE_TUNED, FROZEN, Normalise, on_text_steps, real_steps, text_groups
 
 try:
     import MMSA  # noqa: F401 (first, so that it is MMSA that is said to be missing)
@@ -235,10 +235,9 @@ class BridgeMMIM(nn.Module):
         return made, 0.0 * torch.stack([vector.sum() for vector in vectors]).sum()
 
     def _is_defined(self, made: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
-        """Whether both classes have more clips than their covariance has rows, and an entropy."""
+        """Whether both classes have a covariance of full rank, and an entropy."""
         classes = [[*kept[pair][sign], made["pn_dic"][pair][sign]] for pair in self.pairs for sign in CLASSES]
-        enough = all(sum(map(len, vectors)) > vectors[0].shape[1] for vectors in classes)
-        return enough and bool(made["H"].isfinite())
+        return all(map(_spans, classes)) and bool(made["H"].isfinite())
 
     def _output(self, made: Mapping[str, Any], losses: dict[str, Tensor]) -> FusionOutput:
         names = {"text": "Feature_t", "audio": "Feature_a", "vision": "Feature_v", "fusion": "Feature_f"}
@@ -509,16 +508,18 @@ class BridgeTFRNet(nn.Module):
 
     def parameter_groups(self, config: TFRNetConfig) -> list[dict[str, Any]]:
         """Return the optimiser's groups: the text encoder's, then everything else."""
-        text = list(self.network.text_model.named_parameters())
-        spared = [parameter for name, parameter in text if "bias" in name or "LayerNorm" in name]
-        taken = {id(parameter) for _, parameter in text}
-        decayed = [parameter for _, parameter in text if not any(parameter is other for other in spared)]
+        taken = {id(parameter) for parameter in self.network.text_model.parameters()}
         others = [parameter for parameter in self.parameters() if id(parameter) not in taken]
-        return [
-            {"params": decayed, "lr": config.learning_rate_bert, "weight_decay": config.weight_decay_bert},
-            {"params": spared, "lr": config.learning_rate_bert, "weight_decay": 0.0},
-            {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        ]
+        rest = {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay}
+        return [*text_groups(self.network.text_model, config), rest]
+
+
+def _spans(vectors: Sequence[Tensor]) -> bool:
+    """Whether vectors (n, d) within ±1 differ in every direction, so that their covariance has a determinant."""
+    joined = torch.cat(list(vectors))
+    if len(joined) <= joined.shape[1]:
+        return False
+    return int(torch.linalg.matrix_rank(joined - joined.mean(0), atol=1e-3)) == joined.shape[1]
 
 
 def _unknown(encoder: TextEncoder) -> int:

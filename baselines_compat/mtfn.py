@@ -6,8 +6,6 @@ See also `tfn` (the range of predictions) and `layers.ModalityNets`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from registry import DataInfo, ModelSpec, Training
 
 from .layers import FROZEN, BaselineConfig, presets
@@ -59,18 +57,13 @@ class MTFN(MultiTask):
     def __init__(self, config: MTFNConfig, data: DataInfo) -> None:
         super().__init__(TFN(of_single_task(config, TFNConfig), data), config)
 
-    def parameter_groups(self, config: MTFNConfig) -> list[dict[str, Any]]:
-        if config.as_upstream:
-            config = config.model_copy(update={"weight_decay": 0.0})
-        return super().parameter_groups(config)
-
 
 SPEC = ModelSpec(
     name="mtfn",
     summary="MTFN: tensor fusion that learns human labels of each modality too",
     build=MTFN,
     config=MTFNConfig,
-    presets=presets("mtfn"),
+    presets=presets("mtfn", instead={"weight_decay": 0.0}),
     training=Training(batch_size=32),
     needs=needs,
     tuned_for=FROZEN,

@@ -10,7 +10,6 @@ Unless `as_upstream`:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -220,11 +219,6 @@ class MulT(Baseline):
         joined = self._embed(torch.cat(streams, dim=-1))
         return self.memory[target](joined, lengths[target], bias(target))
 
-    def other_groups(self, config: MulTConfig) -> list[dict[str, Any]]:
-        others = self.parameters_but(self.text.parameters())
-        decay = 0.0 if config.as_upstream else config.weight_decay
-        return [{"params": others, "lr": config.learning_rate, "weight_decay": decay}]
-
 
 def visible(target: Tensor, source: Tensor, target_steps: int, source_steps: int, *, causal: bool) -> Tensor:
     """Return (B, target_steps, source_steps), True where a step of the target may look at one of the source.
@@ -275,7 +269,7 @@ SPEC = ModelSpec(
     summary="MulT: crossmodal transformers over unaligned sequences",
     build=MulT,
     config=MulTConfig,
-    presets=presets("mult", tail="drop"),
+    presets=presets("mult", instead={"weight_decay": 0.0}, tail="drop"),
     training=Training(
         batch_size=16,
         update_epochs=8,

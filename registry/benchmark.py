@@ -38,7 +38,8 @@ from .training import Epoch, Watcher, train, tunes_text
 class SeedRun:
     """One seed: `status` "ok" or "failed" (with its `reason`), test metrics as fractions."""
 
-    seed: int
+    seed: int | None
+    """None of a checkpoint that was imported"""
     status: str
     reason: str | None
     best_epoch: int | None
@@ -135,7 +136,7 @@ def run(
     Raises:
         InputError: something given is wrong; nothing has been written.
     """
-    seeds = _checked_seeds(seeds)
+    seeds = checked_seeds(seeds)
     watcher = watcher or Watcher()
     plan = make_plan(
         model,
@@ -147,7 +148,7 @@ def run(
         label_range=label_range,
         plugins=plugins,
     )
-    place = _device(device)
+    place = find_device(device)
     root = Path(os.path.expanduser(runs))
     job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache")
     folder = root / plan.name / plan.dataset.name / job.identity()
@@ -176,9 +177,8 @@ def run(
             log.unlink()
         saved = load_run(target)
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
-            watcher.note(
-                f"seed {seed}: its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
-            )
+            best = f"its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
+            watcher.note(f"{plan.name}, seed {seed}: {best}")
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
         protocol = saved.summary.get("protocol", protocol)
     return Result(plan.name, plan.dataset.name, done, folder, protocol)
@@ -193,7 +193,7 @@ def _kept_note(seeds: Sequence[int], folder: Path, sources: Mapping[str, str]) -
     return f"{named} finished already in {folder} (--force trains again){changed}"
 
 
-def failure_log(folder: Path, seed: int) -> Path:
+def failure_log(folder: Path, seed: int | None) -> Path:
     """Return where a seed that failed leaves its epochs, its reason, and where in the code it was."""
     return folder / f"{seed}.failed.log"
 
@@ -211,7 +211,8 @@ def _write_failure(log: Path, lines: Sequence[str], error: BaseException) -> Non
         log.write_text("".join(f"{line}\n" for line in lines) + where, "utf-8", errors="replace")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of `"cpu"`, `"cuda"` or `"auto"`; raises InputError where it is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device must be cpu, cuda or auto, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -219,7 +220,8 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _checked_seeds(seeds: Sequence[int]) -> list[int]:
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    """Return seeds as numbers; raises InputError where they are none, or one stands twice."""
     try:
         checked = [operator.index(seed) for seed in seeds]
     except TypeError:

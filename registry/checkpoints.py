@@ -124,7 +124,12 @@ def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     write_run(
         folder,
         settings={**job.settings(), "seed": None, "imported_from": path.name, "checkpoint_sha256": digest},
-        summary={"metrics": metrics, "best_epoch": None, "artifacts": []},
+        summary={
+            "metrics": metrics,
+            "best_epoch": None,
+            "protocol": {**job.protocol(), "selection": "none: an imported checkpoint", "preset": "none"},
+            "artifacts": [],
+        },
         environment=environment(CPU, job, datetime.now(timezone.utc)),
         tables=tables,
         modules={"model": network, **{f"hook.{name}": hook for name, hook in hooks.items()}},

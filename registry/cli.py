@@ -214,6 +214,7 @@ def compare(
     from .progress import make_watcher
 
     _check_output(form, target)
+    results = _published_results(plugin) if published else None
     overrides = _overrides(settings, epochs)
     try:
         with make_watcher(err) as watcher, redirect_stdout(sys.stderr):
@@ -236,8 +237,8 @@ def compare(
             )
     except KeyboardInterrupt:
         raise _interrupted() from None
-    _show_comparison(comparison, form, target, published, plugin)
-    if any(row.label for row in comparison.rows):
+    _show_comparison(comparison, form, target, results)
+    if any(row.note for row in comparison.rows):
         raise typer.Exit(1)
 
 
@@ -257,7 +258,8 @@ def table(
     from .comparison import collect
 
     _check_output(form, target)
-    _show_comparison(collect(folders, reference), form, target, published, plugin)
+    results = _published_results(plugin) if published else None
+    _show_comparison(collect(folders, reference), form, target, results)
 
 
 def _check_output(form: str, target: Path | None) -> None:
@@ -268,30 +270,39 @@ def _check_output(form: str, target: Path | None) -> None:
         raise InputError(unknown("format", form, FORMATS))
     if target is not None and form == "table":
         raise InputError(f"--out needs --format {', '.join(FORMATS[1:])}: a terminal's table is for a terminal")
-    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
-        raise InputError(f"--out {target} is a folder, or in a folder that does not exist")
+    if target is not None:
+        from .runs import require_file
+
+        require_file(target, "--out")
+        if not target.absolute().parent.is_dir():
+            raise InputError(f"--out {target} is in a folder that does not exist")
+
+
+def _published_results(plugin: Sequence[str]) -> list[PublishedResult]:
+    """Return everything that is registered, before anything is trained to stand beside it."""
+    from .plugins import Plugins
+
+    plugins = Plugins(plugin)
+    specs = [plugins.load("published", entry.name) for entry in plugins.entries("published")]
+    return [result for spec in specs for result in spec.results]
 
 
 def _show_comparison(
-    comparison: Comparison, form: str, target: Path | None, published: bool, plugin: Sequence[str]
+    comparison: Comparison, form: str, target: Path | None, published: list[PublishedResult] | None
 ) -> None:
-    from .plugins import Plugins
-    from .runs import write_text
+    """Print or write a comparison; `published` is None where it was not asked for."""
+    from .runs import write_file
     from .side_by_side import of_interest, render, tables_of
 
-    results: list[PublishedResult] = []
-    if published:
-        plugins = Plugins(plugin)
-        for entry in plugins.entries("published"):
-            results += of_interest(comparison, plugins.load("published", entry.name).results)
-        if not results:
-            err.print(f"nothing is published of these models on {comparison.dataset}", highlight=False)
+    results = of_interest(comparison, published or [])
+    if published is not None and not results:
+        err.print(f"nothing is published of these models on {comparison.dataset}", highlight=False)
     if form != "table":
         text = render(comparison, form, results)
         if target is None:
             sys.stdout.write(text)
         else:
-            write_text(target, text)
+            write_file(target, lambda path: path.write_text(text, "utf-8"))
             err.print(f"written to {escape(str(target))}", highlight=False, soft_wrap=True)
         return
     for made in tables_of(comparison, results):

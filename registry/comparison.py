@@ -9,14 +9,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .benchmark import Result, SeedRun
+from .benchmark import Result, SeedRun, checked_seeds, find_device
 from .benchmark import run as run_model
 from .config import accepts, keys_of, parse_settings
 from .contract import HookSpec, ModelSpec
-from .errors import BenchmarkError, InputError, unknown
+from .errors import BenchmarkError, InputError, one_line, unknown
 from .jobs import make_plan
 from .plugins import Plugins
 from .runs import Run, finished, load_run
@@ -46,7 +47,7 @@ class Row:
 
     name: str
     runs: Sequence[Run] = ()
-    failed: Mapping[int, str] = field(default_factory=dict)
+    failed: Mapping[int | None, str] = field(default_factory=dict)
     """the reason of each seed that failed"""
     reason: str | None = None
     """why the model could not be trained at all"""
@@ -54,11 +55,11 @@ class Row:
     @cached_property
     def result(self) -> Result:
         """What `registry.run` would have returned."""
-        done = [SeedRun(_seed(r), "ok", None, r.best_epoch, r.metrics, r.folder) for r in self.runs]
+        done = [SeedRun(r.settings["seed"], "ok", None, r.best_epoch, r.metrics, r.folder) for r in self.runs]
         done += [SeedRun(seed, "failed", reason, None, {}, None) for seed, reason in self.failed.items()]
         settings = self.runs[0].settings if self.runs else {"dataset": ""}
         folder = self.runs[0].folder.parent if self.runs else Path()
-        done.sort(key=lambda run: run.seed)
+        done.sort(key=lambda run: -1 if run.seed is None else run.seed)
         return Result(self.name, settings["dataset"], done, folder, self.protocol)
 
     @property
@@ -99,14 +100,14 @@ class Row:
         return float(np.mean(later)) if later else None
 
     @property
-    def label(self) -> str:
-        """What failed, in a few words; empty where nothing did."""
+    def note(self) -> str:
+        """What failed, in one line; empty where nothing did."""
         if self.reason is not None:
-            return f"failed: {self.reason}"
+            return " ".join(f"failed: {self.reason}".split())
         if not self.failed:
             return ""
         reasons = "; ".join(dict.fromkeys(self.failed.values()))
-        return f"{len(self.failed)} of {len(self.failed) + len(self.runs)} seeds failed: {reasons}"
+        return " ".join(f"{len(self.failed)} of {len(self.failed) + len(self.runs)} seeds failed: {reasons}".split())
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,15 @@ class Comparison:
 
     @property
     def videos(self) -> list[str]:
-        """The test clips' videos."""
-        return video_of(list(self.ok[0].runs[0].predictions["id"]))
+        """The test clips' videos; each clip is its own where the ids name only one, which could not be resampled."""
+        ids = list(self.ok[0].runs[0].predictions["id"])
+        videos = video_of(ids)
+        return videos if len(set(videos)) > 1 else ids
 
     @cached_property
     def differences(self) -> dict[str, Difference]:
         """How every other row differs from the reference on the test split."""
-        if self.reference is None:
+        if self.reference is None or len(self.ok) < 2:
             return {}
         tables = {row.name: [run.predictions for run in row.runs] for row in self.ok}
         family = self.reference.runs[0].settings["data"]["metrics"]
@@ -169,7 +172,7 @@ class Comparison:
                     record[f"{name} low"], record[f"{name} high"] = difference.low[name], difference.high[name]
             if difference:
                 record["MAE p"] = difference.p_mae
-            record |= {"parameters": row.parameters, "seconds an epoch": row.seconds_per_epoch, "note": row.label}
+            record |= {"parameters": row.parameters, "seconds an epoch": row.seconds_per_epoch, "note": row.note}
             records.append(record)
         return pd.DataFrame(records)
 
@@ -224,9 +227,10 @@ def compare(
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
         watcher: is told of progress.
-        jobs: models trained at once, in processes of their own that share the machine's cores; what they say of
-            epochs is then left out.
-        before: is told each model's name, its number and how many there are, before what is to be said of it.
+        jobs: models trained at once, in processes of their own that share the machine's cores; epochs are then not
+            told of. A script that asks for several needs `if __name__ == "__main__":`.
+        before: is told each model's name, its number and how many there are, before it is trained; with several jobs
+            when it has ended.
 
     Returns:
         Every model, also those that failed.
@@ -234,6 +238,8 @@ def compare(
     Raises:
         InputError: a name or a setting is wrong; nothing has been trained.
     """
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
     watcher = _Once(watcher or Watcher())
     found = Plugins(plugins)
     for hook in also_with:
@@ -243,7 +249,8 @@ def compare(
     for name in wanted:
         rows.append(name)
         model, colon, settings = name.partition(":")
-        extra = [f"{model}+{hook}{colon}{settings}" for hook in also_with if f"{model}+{hook}" not in wanted]
+        added = [f"{model}+{hook}{colon}{settings}" for hook in also_with]
+        extra = [other for other in added if other not in wanted]
         optional |= set(extra)
         rows += extra
     if twice := [name for name, count in Counter(rows).items() if count > 1]:
@@ -251,12 +258,19 @@ def compare(
     shared = dict(config or {})
     plans = {name: plan for name in rows if (plan := _plan(name, found, preset, shared, optional))}
     _check_used(shared, preset, plans, watcher)
-    for name, plan in plans.items():  # all that can be told before anything is trained
+    checked_seeds(seeds)
+    find_device(device)
+    for name, plan in list(plans.items()):  # all that can be told before anything is trained
         try:
-            make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
+            made_plan = make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from error
-    options = {
+            if name not in optional:
+                raise InputError(f"{name}: {error}") from error
+            watcher.note(f"{name} is left out: {error}")
+            del plans[name]
+        else:
+            made_plan.place_of(data)
+    options: dict[str, Any] = {
         "dataset": dataset,
         "data": data,
         "text_encoder": text_encoder,
@@ -266,75 +280,83 @@ def compare(
         "runs": runs,
         "plugins": plugins,
     }
-    done = []
-    with _workers(jobs) as submit:
-        trained = {name: submit({"model": plan.model, **options, **plan.options}) for name, plan in plans.items()}
-        for number, (name, train) in enumerate(trained.items(), 1):
-            if before:
-                before(name, number, len(plans))
-            row, refused = train(name, watcher)
-            if refused and name in optional:
-                watcher.note(f"{name} is left out: {row.reason}")
-                continue
-            if row.reason is not None:
-                watcher.note(f"{name} failed: {row.reason}")
-            done.append(row)
-    if all(row.reason for row in done):
-        raise InputError(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
+    made: dict[str, Row] = {}
+    all_refused = True
+    work = {name: {"model": plan.model, **options, **plan.options} for name, plan in plans.items()}
+    jobs = min(jobs, max(1, len(work)))
+    for name, row, refused in (_in_turn if jobs == 1 else partial(_at_once, jobs))(work, watcher, before):
+        if refused and name in optional:
+            watcher.note(f"{name} is left out: {row.reason}")
+            continue
+        if row.reason is not None:
+            watcher.note(f"{name} failed: {row.reason}")
+        all_refused &= refused
+        made[name] = row
+    done = [made[name] for name in plans if name in made]
+    if all(row.reason is not None for row in done):
+        kind = InputError if all_refused else BenchmarkError
+        raise kind(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
     return Comparison(dataset, done)
 
 
-_Train = Callable[[str, Watcher], tuple[Row, bool]]
-"""Gives a model's row, and whether its input was refused, once it is trained; tells the watcher of it."""
+_Work = Mapping[str, dict[str, Any]]
+"""The arguments of `run` by the name of a row"""
+_Before = Callable[[str, int, int], None] | None
 
 
-@contextmanager
-def _workers(jobs: int) -> Iterator[Callable[[dict[str, Any]], _Train]]:
-    """Give what takes the arguments of `run` and has it done: when it is asked for, or by one of several processes."""
-    if jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {jobs}")
-    if jobs == 1:
-        yield lambda options: lambda name, watcher: _train(name, options, watcher)
-        return
+def _in_turn(work: _Work, watcher: Watcher, before: _Before) -> Iterator[tuple[str, Row, bool]]:
+    """Train one model after the other; yield name, row, and whether its input was refused."""
+    for number, (name, options) in enumerate(work.items(), 1):
+        if before:
+            before(name, number, len(work))
+        yield name, *_train(name, options, watcher)
+
+
+def _at_once(jobs: int, work: _Work, watcher: Watcher, before: _Before) -> Iterator[tuple[str, Row, bool]]:
+    """Train several models at a time, each in a process, and yield them as they end."""
     # A fork would share torch's threads and the GPU's state.
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _share_cores, (jobs,))
-
-    def submit(options: dict[str, Any]) -> _Train:
-        future = pool.submit(_train_elsewhere, options)
-
-        def wait(name: str, watcher: Watcher) -> tuple[Row, bool]:
+    try:
+        names = {pool.submit(_train_elsewhere, name, options): name for name, options in work.items()}
+        for number, future in enumerate(as_completed(names), 1):
+            name = names[future]
+            if before:
+                before(f"{name} has ended", number, len(work))
             try:
                 row, refused, said = future.result()
-            except BrokenProcessPool:  # perhaps for want of memory
-                return Row(name, reason="its process, or one beside it, was killed"), False
+            except BrokenProcessPool:  # for want of memory, or since the caller cannot be imported again
+                reason = "its process, or one beside it, was killed: run the same again with fewer jobs"
+                yield name, Row(name, reason=reason), False
+                continue
             for call, *words in said:
                 getattr(watcher, call)(*words)
-            return replace(row, name=name), refused
-
-        return wait
-
-    try:
-        yield submit
+            yield name, row, refused
+    except BaseException:  # what has begun, or waits in the pool's own queue, would be trained to its end
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _share_cores(jobs: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-def _train_elsewhere(options: dict[str, Any]) -> tuple[Row, bool, list[tuple[Any, ...]]]:
+def _train_elsewhere(name: str, options: dict[str, Any]) -> tuple[Row, bool, list[tuple[Any, ...]]]:
     """Train in this process, and return what was said as well."""
     kept = _Kept()
     with redirect_stdout(sys.stderr):  # what a plugin prints is not a result
-        return *_train("", options, kept), kept.said
+        return *_train(name, options, kept), kept.said
 
 
 def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, bool]:
     try:
         result = run_model(**options, watcher=watcher)
-    except BenchmarkError as error:
-        return Row(name, reason=str(error)), isinstance(error, InputError)
+    except (Exception, SystemExit) as error:  # of the data, the encoder, the disk: other models may do better
+        reason = str(error) if isinstance(error, BenchmarkError) else one_line(error)
+        return Row(name, reason=reason), isinstance(error, InputError)
     failed = {run.seed: run.reason or "" for run in result.runs if run.status == "failed"}
     return Row(name, [load_run(run.folder) for run in result.ok if run.folder], failed), False
 
@@ -349,16 +371,22 @@ def collect(folders: Sequence[str | Path], reference: str | None = None) -> Comp
     Raises:
         InputError: there is no finished run, or the runs are of different test splits.
     """
-    by_config: dict[Path, list[Run]] = {}
+    by_config: dict[tuple[str, ...], list[Run]] = {}
+    key: tuple[str, ...]
     for folder in map(Path, map(os.path.expanduser, folders)):
         below = [path.parent for path in folder.rglob("metrics.json") if not _hidden(path.relative_to(folder))]
         there = [place for place in sorted(below, key=_natural) if finished(place)]
         if not there:
             raise InputError(f"{folder} holds no finished run")
-        for place in there:
-            of_config = by_config.setdefault(place.resolve().parent, [])
-            if place.resolve() not in [run.folder.resolve() for run in of_config]:
-                of_config.append(load_run(place))
+        for run in map(load_run, there):
+            settings = run.settings
+            # By content, not place: a configuration's seeds may come from several machines.
+            key = (settings["model"], settings["dataset"], run.folder.resolve().parent.name)
+            if settings["seed"] is None:  # an imported checkpoint is no seed of those that were trained
+                key = (*key, run.folder.name)
+            of_config = by_config.setdefault(key, [])
+            if settings["seed"] not in [other.settings["seed"] for other in of_config]:
+                of_config.append(run)
     tested = {config: [run for run in found if run.metrics] for config, found in by_config.items()}
     names = _names({config: found[0] for config, found in tested.items() if found})
     rows = [Row(names[config], found) for config, found in tested.items() if found]
@@ -372,10 +400,6 @@ def collect(folders: Sequence[str | Path], reference: str | None = None) -> Comp
     return Comparison(rows[0].runs[0].settings["dataset"], rows)
 
 
-def _seed(run: Run) -> int:
-    return int(run.settings["seed"])
-
-
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
@@ -384,17 +408,17 @@ def _natural(path: Path) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def _names(runs: Mapping[Path, Run]) -> dict[Path, str]:
+def _names(runs: Mapping[tuple[str, ...], Run]) -> dict[tuple[str, ...], str]:
     """Return what each configuration is called: its model and, where several have one, what was set or its hash."""
-    models = {config: run.settings["model"] for config, run in runs.items()}
+    models = {config: config[0] for config in runs}
     shared = {model for model, count in Counter(models.values()).items() if count > 1}
     names = {}
     for config, run in runs.items():
         changed = run.summary.get("protocol", {}).get("changed settings", "none")
-        what = config.name if changed == "none" else changed.replace(", ", ":")
+        what = config[-1] if changed == "none" else changed.replace(", ", ":")
         names[config] = f"{models[config]}:{what}" if models[config] in shared else models[config]
     twice = {name for name, count in Counter(names.values()).items() if count > 1}
-    return {config: f"{models[config]}:{config.name}" if name in twice else name for config, name in names.items()}
+    return {config: f"{models[config]}:{config[-1]}" if name in twice else name for config, name in names.items()}
 
 
 def _check_one_split(rows: Sequence[Row]) -> None:
@@ -403,12 +427,22 @@ def _check_one_split(rows: Sequence[Row]) -> None:
     for run in (run for row in rows for run in row.runs):
         same = run.settings["data"]["metrics"] == first.settings["data"]["metrics"]
         if not same or not run.predictions[columns].equals(first.predictions[columns]):
-            raise InputError(f"{run.folder} and {first.folder} were tested on different clips or labels: compare like")
+            raise InputError(
+                f"{run.folder} and {first.folder} were tested on different clips or labels: "
+                "name runs of one dataset and file"
+            )
 
 
 def _expand(models: Sequence[str], plugins: Plugins, watcher: Watcher) -> list[str]:
     """Return the names asked for, `all` replaced by every model that can be imported, the others among it once."""
-    names = [name.strip() for given in models for name in given.split(",")]
+    known = {entry.name for entry in plugins.entries("model")} | {ALL}
+    names: list[str] = []
+    parts = ",".join([models] if isinstance(models, str) else models).split(",")
+    for part in map(str.strip, parts):
+        if names and ":" in names[-1] and re.split("[:+]", part)[0] not in known:
+            names[-1] += f",{part}"  # of a list, as in NAME:modalities=text,audio
+        else:
+            names.append(part)
     if not all(names):
         raise InputError("--models takes names with commas between them, as self_mm,tfn,tfn+ulgm")
     if ALL not in names:

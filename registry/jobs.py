@@ -93,7 +93,7 @@ class Plan:
 
         Text features of a frozen encoder are computed on `device` and kept below the folder `cache`.
         """
-        place = self._place(path)
+        place = self.place_of(path)
         encoder = self.find_encoder(text_encoder) if "text" in self.needs or text_encoder else None
         if place is not None:
             file = read_feature_file(place, label_range=self.label_range, known_sha256=self.dataset.sha256)
@@ -111,6 +111,8 @@ class Plan:
             default = self.dataset.text_encoder
             tokens, more = tokenise(file, encoder, default_encoder=default, keep_alignment="alignment" in self.needs)
             notes += more
+            if "padding" in self.needs:
+                tokens = _of_one_length(tokens)
         if encoder and tokens and "text_features" in self.needs:
             file = with_frozen_text(file, tokens, encoder, device, cache)
         arrays = file.splits["train"]
@@ -134,8 +136,8 @@ class Plan:
         )
         return Job(self, info, file, tokens, notes)
 
-    def _place(self, path: str | Path | None) -> Path | None:
-        """Return where the feature file lies, None where the dataset makes its own data."""
+    def place_of(self, path: str | Path | None) -> Path | None:
+        """Return where the feature file lies, None where the dataset makes its own data; raises InputError."""
         if self.dataset.generate and path is not None:
             raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
         if self.dataset.generate:
@@ -268,6 +270,12 @@ def make_plan(
         sources[key] = entry.source_sha256
         versions[key] = part.version if entry.is_packaged else f"{part.version}+{entry.source_sha256}"
     return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit), versions, sources)
+
+
+def _of_one_length(tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return every split's tokens (N, 3, L) with one L; what is added is padding that no mask shows."""
+    longest = max(made.shape[2] for made in tokens.values())
+    return {name: np.pad(made, ((0, 0), (0, 0), (0, longest - made.shape[2]))) for name, made in tokens.items()}
 
 
 def _oddities(plan: Plan, file: FeatureFile) -> list[str]:

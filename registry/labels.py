@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .runs import FINISHED, Run, finished, finite, load_run
+from .runs import FINISHED, Run, finished, finite, load_run, require_file, write_file
 from .tables import Rows
 
 if TYPE_CHECKING:
@@ -251,6 +249,7 @@ def places(found: Sequence[GeneratedLabels], given: Path | None, suffix: str) ->
         if given is not None:
             path = Path(os.path.expanduser(given))
             path = path if len(found) == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
+        require_file(path, f"--{'figure' if suffix == '.png' else 'csv'}")
         if finished(path.resolve().parent):
             raise InputError(f"{path} would lie in the folder of a run, which stays as it is: name another place")
         paths.append(path)
@@ -276,28 +275,15 @@ def write_files(
     from matplotlib import rc_context
 
     figures, csvs = places(found, figure, ".png"), places(found, csv, ".csv")
+    if set(figures) & set(csvs):
+        raise InputError(f"--figure and --csv name one file, {figures[0]}")
     kind = figures[0].suffix[1:].lower()
     if kind not in FORMATS:
         raise InputError(f"--figure {figure} must end in {', '.join(f'.{name}' for name in FORMATS)}")
     tables = [labels.by_clip(labels.best_epoch if epoch is None else epoch) for labels in found]
     with rc_context(_STYLE):
         for labels, path in zip(found, figures, strict=True):
-            _write(path, partial(draw(labels).savefig, format=kind, dpi=300))
+            write_file(path, partial(draw(labels).savefig, format=kind, dpi=300))
     for table, path in zip(tables, csvs, strict=True):
-        _write(path, partial(table.to_csv, index=False))
+        write_file(path, partial(table.to_csv, index=False))
     return [Files(*pair) for pair in zip(figures, csvs, strict=True)]
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let a function write a file beside `path`, and put it in its place."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

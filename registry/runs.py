@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -120,19 +120,28 @@ def writing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+def require_file(path: Path, option: str) -> None:
+    """See that a path can become a file; raises InputError where it is a folder, a device or the like."""
+    if not path.name or (path.exists() and not path.is_file()):
+        raise InputError(f"{option} {path} is not a file")
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let a function write a file beside `path`, and put it in its place, whole or not at all.
 
     Raises:
-        BenchmarkError: it cannot be written.
+        InputError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_text(text, "utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BenchmarkError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_run(

@@ -65,7 +65,8 @@ def render(comparison: Comparison, form: str, published: Sequence[PublishedResul
 def of_interest(comparison: Comparison, results: Sequence[PublishedResult]) -> list[PublishedResult]:
     """Return the regression results of the models that are compared, on their dataset."""
     models = {row.model for row in comparison.ok}
-    return [r for r in results if (r.task, r.dataset) == ("regression", comparison.dataset) and r.model in models]
+    on_dataset = [r for r in results if (r.task, r.dataset) == ("regression", comparison.dataset)]
+    return [r for r in on_dataset if r.model in models and r.metrics.keys() & set(comparison.metrics)]
 
 
 # --- what stands in the tables
@@ -89,22 +90,32 @@ def _results(comparison: Comparison) -> Table:
             **figures,
             "parameters": f"{row.parameters:,}" if row.parameters is not None else "",
             "s/epoch": "" if seconds is None else f"{seconds:.2f}",
-            "note": row.label,
+            "note": row.note,
         }
         rows.append(cells)
     if not any(cells["note"] for cells in rows):
         for cells in rows:
             del cells["note"]
-    devices = dict.fromkeys(run.environment.get("device", "") for row in comparison.ok for run in row.runs)
     caption = [
         f"Test split of {comparison.dataset}; mean ± sample standard deviation over seeds; best in bold.",
         *_protocol(comparison.ok),
         "text: whether the text encoder was frozen or fine-tuned.",
         "tuned for: the text encoder that the hyper-parameters were published for.",
         "parameters: the trainable ones of the network, without heads that only training has.",
-        f"s/epoch: seconds of training an epoch on {', '.join(devices)}, the first epoch left out.",
+        f"s/epoch: seconds of training an epoch, later than the first, {_where(comparison.ok)}.",
     ]
+    if comparison.reference is None and len(comparison.ok) > 1:
+        caption.append(f"No differences: the first row, {comparison.rows[0].name}, has no finished run.")
     return Table(f"results on {comparison.dataset}", rows, " ".join(caption))
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """Return what times were taken on."""
+    places: dict[str, None] = {}
+    for environment in (run.environment for row in rows for run in row.runs):
+        device, threads = environment.get("device", "an unknown device"), environment.get("threads")
+        places[f"{threads} threads of a CPU" if device == "cpu" else device] = None
+    return f"on {', '.join(places)}, perhaps beside other work" if places else "which none has"
 
 
 def _best(values: Sequence[float], name: str) -> float:
@@ -145,7 +156,9 @@ def _differences(comparison: Comparison) -> Table:
     rows: Rows = []
     for name, difference in comparison.differences.items():
         cells = {
-            metric: f"{difference.mean[metric]:+.4f} [{difference.low[metric]:+.4f}, {difference.high[metric]:+.4f}]"
+            metric: "undefined"
+            if math.isnan(difference.mean[metric])
+            else f"{difference.mean[metric]:+.4f} [{difference.low[metric]:+.4f}, {difference.high[metric]:+.4f}]"
             for metric in comparison.metrics
         }
         rows.append({"model": name, PRIMARY: cells.pop(PRIMARY), "p": _p_value(difference.p_mae), **cells})
@@ -157,7 +170,7 @@ def _differences(comparison: Comparison) -> Table:
         + (
             f"the {_count(videos, 'video')} of {clips} clips (clips of a video belong together)"
             if videos < clips
-            else f"the {clips} clips (the data names no videos)"
+            else f"the {clips} clips (the data does not tell their videos)"
         )
         + " and, for each model on its own, its seeds. p: two-sided, for MAE alone, Holm-corrected over "
         + f"{_count(len(rows), 'row')}; the other metrics have intervals only."
@@ -198,9 +211,10 @@ def _published(comparison: Comparison, results: Sequence[PublishedResult]) -> Ta
     notes = _notes(results, numbers)
     caption = (
         f"Published figures on {comparison.dataset} beside those here. "
-        "gap: here minus published in standard errors of the means, only where the data setting, the text encoder and "
-        f"the metric's definition are known and the same{'' if gaps else ', which holds for none here'}; the standard "
-        "error takes the published spread for zero where there is none. † marks second-hand figures. "
+        "gap: here minus published in standard errors of the means, from two seeds on, and only for a plain model "
+        "whose data setting, text encoder and metric's definition are known and the same"
+        f"{'' if gaps else ': there is none here'}; a published spread, or number of seeds, that is not known counts "
+        "as no error. † marks second-hand figures. "
         f"Sources: {'; '.join(listed)}." + (f" Notes: {'; '.join(notes)}." if notes else "")
     )
     return Table("published results", rows, caption)
@@ -226,8 +240,10 @@ def _cited(result: PublishedResult, name: str, numbers: Mapping[tuple[str, bool]
 
 
 def _agree(row: Row, result: PublishedResult) -> bool:
-    """Whether a published figure was made under the conditions of a row, as far as both are known."""
+    """Whether a published figure is of a row's model and was made under its conditions, as far as both are known."""
     settings = row.runs[0].settings
+    if "+" in settings["model"] or row.protocol.get("changed settings", "none") not in ("none", "finetune_text=true"):
+        return False
     encoder, _, mode = row.protocol.get("text encoder", "").rpartition(", ")
     with suppress(InputError):  # MMSA's published files hold BERT-base's features
         if settings["data"]["sha256"] in Plugins().load("dataset", settings["dataset"]).sha256.values():
@@ -273,13 +289,15 @@ def _markdown(comparison: Comparison, published: Sequence[PublishedResult]) -> s
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"},
-    **{"±": r"$\pm$", "–": "--", "†": r"$\dagger$", "≥": r"$\ge$", "[": "{[}"},
+    **{"±": r"$\pm$", "–": "--", "†": r"$\dagger$", "≥": r"$\ge$", "≤": r"$\le$", "[": "{[}", "|": r"\textbar{}"},
+    **{"−": "$-$", "…": r"\ldots{}", "²": "$^2$", "³": "$^3$"},
 }
 
 
 def _latex(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
     def cell(text: str) -> str:
-        escaped = "".join(_LATEX.get(character, character) for character in text)
+        escaped = "".join(_LATEX.get(character, character) for character in text.replace("--", "-\0-"))
+        escaped = escaped.replace("\0", "{}")  # or two hyphens would become a dash
         return f"\\textbf{{{escaped}}}" if isinstance(text, Best) else escaped
 
     parts = ["% needs \\usepackage{booktabs}"]
@@ -287,7 +305,10 @@ def _latex(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
         frame = pd.DataFrame([{cell(k): cell(v) for k, v in row.items()} for row in table.rows])
         label = "tab:" + "-".join("".join(c if c.isalnum() else " " for c in table.title).split())
         text = frame.to_latex(index=False, escape=False, caption=cell(table.caption), label=label, position="t")
-        parts.append(text.replace("\\begin{tabular}", "\\scriptsize\n\\setlength{\\tabcolsep}{3pt}\n\\begin{tabular}"))
+        text = text.replace("\\begin{tabular}", "\\scriptsize\n\\setlength{\\tabcolsep}{3pt}\n\\begin{tabular}")
+        parts.append(text)
+    if not all(part.isascii() for part in parts):
+        parts.insert(1, "% has letters beyond ASCII: compile with xelatex or lualatex")
     return "\n".join(parts)
 
 

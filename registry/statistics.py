@@ -89,8 +89,9 @@ def compare_predictions(
     number = len(set(videos))
     weights = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), draws)
     means = {name: model.scores(np.ones((1, number), dtype=int)).mean(axis=(1, 2)) for name, model in models.items()}
-    # Each model has a stream of its own, so that its draws of seeds stay what they are when the table gets a row.
-    rngs = {name: np.random.default_rng([seed, crc32(name.encode())]) for name in models}
+    # Each model has a stream of its own, by its predictions: its draws of seeds stay what they are when the table gets
+    # a row, or it another name.
+    rngs = {name: np.random.default_rng([seed, crc32(model.pred.tobytes())]) for name, model in models.items()}
     drawn = {name: model.resampled(weights, rngs[name]) for name, model in models.items()}
     names = models[reference].names
     changes = {name: _minus(drawn[name], drawn[reference]) for name in models if name != reference}

@@ -355,11 +355,13 @@ class UnimodalLabelGenerator(nn.Module):
         for name in self.modalities:
             memory = self._of(name)
             relative = self._relative_distance(name, features)
-            proposal = self.bound(self.combination(relative, relative_of_fusion, multimodal), self.label_range)
+            proposal = self.combination(relative, relative_of_fusion, multimodal)
             old = memory.labels[index]
-            new = proposal.lerp(old, share)  # share · old + (1 − share) · proposal, never beyond both by rounding
+            # share · old + (1 − share) · bounded proposal, never beyond both by rounding
+            new = self.bound(proposal, self.label_range).lerp(old, share)
             can_move = fusion.has_centers.all() & memory.has_centers.all() & ~memory.fixed[index]
-            moves = can_move & present["fusion"] & present[name] & new.isfinite()  # distances of huge features overflow
+            finite = proposal.isfinite() & new.isfinite()  # distances of huge features overflow
+            moves = can_move & present["fusion"] & present[name] & finite
             memory.labels[index] = torch.where(moves, new, old)
 
     def _relative_distance(self, name: str, features: Mapping[str, Tensor]) -> Tensor:

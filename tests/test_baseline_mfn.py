@@ -276,7 +276,7 @@ def test_the_nodes_of_the_graph_are_trained():
 @pytest.mark.parametrize(("preset", "rate"), [("corrected", 0.002), ("mmsa", 0.001)])
 def test_mfm_learns_at_the_published_rate(preset, rate):
     config = configured(mfm.SPEC, preset)
-    assert config.learning_rate == 0.002
+    assert config.learning_rate == rate
     model = mfm.SPEC.build(config, info())
     assert [group["lr"] for group in make_optimizer(model, [], config).param_groups] == [rate]
 

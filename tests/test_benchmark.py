@@ -520,6 +520,20 @@ def test_whose_text_features(quick, tmp_path, encoder):
         quick(None, "mean", plugins=[file], text_encoder=None)
 
 
+def test_padding_is_as_long_in_every_split(quick, tmp_path):
+    """Validation's longest text is shorter than train's: a model that reads padding must not see that."""
+    forward = "assert batch.text.shape[1] == 4; return FusionOutput(self.linear(mean)[:, 0])"
+    file = plugin(tmp_path, forward, options=', needs=("audio", "text_features", "padding")')
+    texts = {"train": ["good movie"] * 8, "valid": ["good"] * 4, "test": ["bad"] * 4}
+    data = feature_file(tmp_path, text_bert=None, **{split: {"raw_text": text} for split, text in texts.items()})
+    run = quick(data, "mean", plugins=[file]).runs[0]
+    assert run.status == "ok", run.reason
+    forward = "assert batch.text_ids.shape[1] == 4; return FusionOutput(self.linear(mean)[:, 0])"
+    file = plugin(tmp_path, forward, "tokens", options=', needs=("audio", "text", "padding")')
+    run = quick(data, "tokens", plugins=[file]).runs[0]
+    assert run.status == "ok", run.reason
+
+
 def test_labels_and_text_features_are_asked_for(quick, tmp_path):
     forward = "return FusionOutput(self.linear(mean)[:, 0])"
     file = plugin(tmp_path, forward, "needs_labels", options=', needs=("audio", "T")')

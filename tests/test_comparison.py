@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 from functools import partial
 from html.parser import HTMLParser
 from io import StringIO
@@ -14,7 +16,7 @@ import pandas as pd
 import pytest
 
 import registry
-from registry import Comparison, InputError, PublishedResult
+from registry import BenchmarkError, Comparison, InputError, PublishedResult
 from registry.comparison import collect
 from registry.side_by_side import of_interest, render, tables_of
 from registry.statistics import compare_predictions, video_of
@@ -57,10 +59,17 @@ class Featureless(Mean):
         return FusionOutput(prediction=super().forward(batch).prediction)
 
 
+class Killed(Mean):
+    def forward(self, batch):
+        import os
+        os._exit(3)
+
+
 SEED = 2
 PRESETS = {"paper": {"mosi": {"weight_decay": 0.1}}}
 register_model("mean", summary="mean of audio", needs=("audio",), presets=PRESETS)(Mean)
 register_model("half_bad", summary="fails in one seed", needs=("audio",))(type("HalfBad", (Bad,), {}))
+register_model("killed", summary="dies", needs=("audio",))(Killed)
 register_model("plain", summary="no features", needs=("audio",))(Featureless)
 register_model("human", summary="needs human labels", needs=("audio", "T"))(type("Human", (Mean,), {}))
 """
@@ -129,7 +138,7 @@ def test_rows_are_the_runs(compare):
         values = [run.metrics["MAE"] for run in row.runs]
         assert row.mean["MAE"] == pytest.approx(np.mean(values))
         assert row.std["MAE"] == pytest.approx(np.std(values, ddof=1))
-        assert (row.parameters, row.text, row.label) == (6, "none", "")
+        assert (row.parameters, row.text, row.note) == (6, "none", "")
         later = [run.history["train_seconds"].iloc[1] for run in row.runs]
         assert row.seconds_per_epoch == pytest.approx(np.mean(later))
     assert comparison.metrics[:2] == ["MAE", "Corr"]
@@ -147,15 +156,15 @@ def test_finished_runs_are_reused(compare):
 def test_one_model_s_failure_is_its_row(compare):
     comparison = compare(["human", "half_bad", "mean"])
     human, half_bad, mean = comparison.rows
-    assert human.label.startswith("failed: human needs labels 'T'")
+    assert human.note.startswith("failed: human needs labels 'T'")
     assert human.runs == ()
-    assert half_bad.label == "1 of 2 seeds failed: RuntimeError: it broke"
+    assert half_bad.note == "1 of 2 seeds failed: RuntimeError: it broke"
     assert [run.settings["seed"] for run in half_bad.runs] == [1]
-    assert mean.label == ""
+    assert mean.note == ""
     assert comparison.reference is None
     assert comparison.differences == {}
     notes = [row["note"] for row in tables_of(comparison)[0].rows]
-    assert notes == [human.label, half_bad.label, ""]
+    assert notes == [human.note, half_bad.note, ""]
 
 
 def test_nothing_that_can_be_trained(compare):
@@ -199,6 +208,32 @@ def test_shared_settings_go_to_the_models_that_have_them(compare):
     assert not any("batch_size" in note for note in told.notes)
 
 
+def test_a_list_as_a_setting(compare):
+    with pytest.raises(InputError, match="unknown key 'modalities'"):
+        compare(["mean:modalities=text,audio:batch_size=2,plain"])
+
+
+def test_hooks_are_added_beside_settings(compare):
+    comparison = compare(["mean+heads,mean:batch_size=2"], also_with=["heads"], seeds=(1,))
+    assert [row.name for row in comparison.rows] == ["mean+heads", "mean:batch_size=2", "mean+heads:batch_size=2"]
+
+
+def test_any_failure_of_a_model_is_its_row(compare, monkeypatch):
+    from registry import comparison
+
+    def run(model, *arguments, **options):
+        if model == "mean":
+            raise MemoryError("no room\nfor it")
+        return registry.run(model, *arguments, **options)
+
+    monkeypatch.setattr(comparison, "run_model", run)
+    made = compare(["mean", "plain"], seeds=(1,))
+    assert made.rows[0].note == "failed: MemoryError: no room for it"
+    assert "No differences: the first row, mean, has no finished run." not in tables_of(made)[0].caption
+    made = compare(["mean", "plain", "mean:batch_size=2", "plain:batch_size=2"], seeds=(1,))
+    assert "No differences: the first row, mean, has no finished run." in tables_of(made)[0].caption
+
+
 def test_a_preset_goes_to_the_models_that_have_it(compare):
     told = Told()
     comparison = compare(["mean", "plain"], told=told, preset="paper")
@@ -230,13 +265,21 @@ def test_several_at_once_are_the_same_rows(compare, tmp_path):
     told = Told()
     rows = compare(["mean", "half_bad", "human", "mean+heads"], told=told, jobs=2).rows
     assert [row.name for row in rows] == ["mean", "half_bad", "human", "mean+heads"]
-    assert [row.label for row in rows][1] == "1 of 2 seeds failed: RuntimeError: it broke"
+    assert [row.note for row in rows][1] == "1 of 2 seeds failed: RuntimeError: it broke"
     assert rows[2].reason.startswith("human needs labels 'T'")
     assert any(note.startswith("human failed: human needs labels 'T'") for note in told.notes)
     assert told.seeds == []
     again = compare(["mean", "mean+heads"], told=told)
     assert [row.mean for row in again.rows] == [rows[0].mean, rows[3].mean]
     assert told.seeds == []  # they were found
+
+
+def test_a_process_that_dies_is_its_row(compare):
+    try:
+        note = compare(["killed", "mean"], jobs=2, seeds=(1,)).rows[0].note
+    except BenchmarkError as error:  # it took the other one with it
+        note = str(error)
+    assert "was killed: run the same again with fewer jobs" in note
 
 
 def test_no_jobs_at_all(compare):
@@ -270,7 +313,7 @@ def test_differences_are_the_statistics_of_the_predictions(compare):
 
 def test_the_caption_counts_videos_and_rows(compare):
     rows = tables_of(compare(["mean", "plain"]))[1]
-    assert "1 video of 12 clips" in rows.caption  # ids of test files are test$_$N
+    assert "resample the 12 clips (the data does not tell their videos)" in rows.caption  # ids are all test$_$N
     assert "Holm-corrected over 1 row;" in rows.caption
     assert [row["model"] for row in rows.rows] == ["plain"]
 
@@ -347,7 +390,7 @@ def test_html(comparison):
 
 def test_html_escapes(compare, monkeypatch):
     comparison = compare(["mean"])
-    monkeypatch.setattr(type(comparison.rows[0]), "label", "<script>")
+    monkeypatch.setattr(type(comparison.rows[0]), "note", "<script>")
     assert "<script>" not in render(comparison, "html")
     assert "&lt;script&gt;" in render(comparison, "html")
 
@@ -370,6 +413,16 @@ def test_json_is_a_list_of_results(comparison):
     assert rows[2]["runs"][1]["status"] == "failed"
     assert rows[2]["std"] is None
     assert rows[1]["difference"]["p_mae"] == comparison.differences["mean:learning_rate=0.5"].p_mae
+
+
+def test_what_latex_cannot_set_as_it_is(compare, monkeypatch):
+    comparison = compare(["mean"], seeds=(1,))
+    monkeypatch.setattr(type(comparison.rows[0]), "note", "--set a_b=50% & 2² − |x| #1 ~ C:\\x {y}")
+    text = render(comparison, "latex")
+    assert r"-{}-set a\_b=50\% \& 2$^2$ $-$ \textbar{}x\textbar{} \#1 \textasciitilde{} C:" in text
+    assert "xelatex" not in text
+    monkeypatch.setattr(type(comparison.rows[0]), "note", "情感")
+    assert "compile with xelatex" in render(comparison, "latex")
 
 
 def test_an_unknown_form(comparison):
@@ -402,6 +455,12 @@ def test_a_gap_only_where_all_agrees(comparison, monkeypatch):
     row = comparison.rows[0]
     known = {"data_setting": "unaligned", "text_encoder": "BERT-base, frozen"}
     monkeypatch.setitem(row.protocol, "text encoder", "bert-base-uncased, frozen")
+    hooked = dataclasses.replace(row, name="mean+heads")
+    monkeypatch.setitem(hooked.runs[0].settings, "model", "mean+heads")
+    monkeypatch.setitem(row.protocol, "changed settings", "none")
+    alone = Comparison("custom", [hooked])
+    assert [r["gap"] for r in tables_of(alone, [result(**known)])[-1].rows] == ["–"]
+    monkeypatch.setitem(hooked.runs[0].settings, "model", "mean")
     others = [
         {"text_encoder": "BERT-base, frozen"},
         {"data_setting": "unaligned"},
@@ -447,6 +506,32 @@ def test_collect_finds_what_lies_below(compare, tmp_path):
     assert [(row.name, len(row.runs)) for row in one.rows] == [("mean", 1), ("plain", 2)]
     again = collect([made.rows[0].runs[1].folder, made.rows[0].runs[1].folder.parent])
     assert [len(row.runs) for row in again.rows] == [2]
+
+
+def test_seeds_of_several_places_make_one_row(compare, tmp_path):
+    made = compare(["mean"], seeds=(1, 2, 3))
+    there = made.rows[0].runs[0].folder.parent.relative_to(tmp_path)
+    for place, seeds in (("a", "12"), ("b", "23")):
+        for seed in seeds:
+            shutil.copytree(tmp_path / there / seed, tmp_path / place / there / seed)
+    found = collect([tmp_path / "a", tmp_path / "b"])
+    assert [(row.name, [run.settings["seed"] for run in row.runs]) for row in found.rows] == [("mean", [1, 2, 3])]
+
+
+def test_an_imported_checkpoint_is_a_row_of_its_own(compare, tmp_path):
+    """It lies beside the seeds of its configuration, and has none."""
+    folder = compare(["mean"]).rows[0].runs[0].folder
+    imported = folder.with_name("imported-abc")
+    shutil.copytree(folder, imported)
+    (imported / "history.csv").unlink()
+    for name, changes in (("config", {"seed": None}), ("metrics", {"best_epoch": None})):
+        file = imported / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    found = collect([tmp_path / "runs"])
+    assert sorted(len(row.runs) for row in found.rows) == [1, 2]
+    assert next(row for row in found.rows if len(row.runs) == 1).seconds_per_epoch is None
+    for form in ("markdown", "json", "csv", "latex", "html"):
+        assert render(found, form)
 
 
 def test_collect_takes_a_reference(compare, tmp_path):

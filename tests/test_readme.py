@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from registry import cli
 from tests.helpers import feature_file
@@ -52,6 +53,12 @@ def test_ulgm_in_a_plain_loop(empty_folder):
     assert not labels["text"].equal(space["labels"])
     assert labels["text"].abs().max() <= 3
     assert example("plain loop").count("# added") + example("plain loop").count("# changed") == 5
+
+
+def test_other_parts_of_ulgm():
+    space: dict = {}
+    exec(example("parts"), space)
+    space["supervision"].generator.update({"fusion": torch.rand(4, 20), "text": torch.rand(4, 32)}, torch.arange(4), 1)
 
 
 def test_the_plain_loop_s_five_lines_are_what_it_takes():

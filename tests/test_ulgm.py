@@ -67,6 +67,15 @@ def test_one_move_by_hand() -> None:
     assert torch.equal(made.labels["fusion"], LABELS)
 
 
+@pytest.mark.parametrize("bound", ["clamp", "tanh"])
+def test_a_proposal_that_is_not_finite_moves_no_label(bound) -> None:
+    made = filled(bound=bound, combination=lambda s, f, y: s * torch.tensor([math.inf, -math.inf, math.nan, 1.0, 1.0]))
+    before = made.labels["speech"].clone()
+    made.update({"fusion": line([1.0, -1, 1, -1, 0]), "speech": line([0.4, -0.4, 0.4, -0.4, 0.2])}, ALL, 2)
+    moved = made.labels["speech"] != before
+    assert moved.tolist() == [False, False, False, True, True]
+
+
 def test_labels_stay_in_range_where_the_fusion_distance_vanishes() -> None:
     made = filled()
     for epoch in range(2, 40):

@@ -397,10 +397,12 @@ def with_frozen_text(
     if states is None:
         states = _states(tokens, encoder, device)
         _keep(states, kept)
+    lengths_of = {name: made[:, 1].sum(axis=1) for name, made in tokens.items()}
+    longest = max(int(lengths.max()) for lengths in lengths_of.values())
     splits = {}
     for name, split in file.splits.items():
-        lengths = tokens[name][:, 1].sum(axis=1)
-        real = np.arange(lengths.max()) < lengths[:, None]
+        lengths = lengths_of[name]
+        real = np.arange(longest) < lengths[:, None]
         padded = np.zeros((*real.shape, encoder.width), dtype=np.float32)
         padded[real] = states[name]
         splits[name] = replace(split, text=padded, text_lengths=lengths)
