@@ -113,8 +113,8 @@ def _where(rows: Sequence[Row]) -> str:
     """Return what times were taken on."""
     places: dict[str, None] = {}
     for environment in (run.environment for row in rows for run in row.runs):
-        device, threads = environment.get("device", "an unknown device"), environment.get("threads")
-        places[f"{threads} threads of a CPU" if device == "cpu" else device] = None
+        device, threads = environment.get("device", "an unknown device"), environment.get("threads", 0)
+        places[_count(threads, "CPU thread") if device == "cpu" else device] = None
     return f"on {', '.join(places)}, perhaps beside other work" if places else "which none has"
 
 

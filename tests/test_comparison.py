@@ -19,7 +19,7 @@ import registry
 from registry import BenchmarkError, Comparison, InputError, PublishedResult
 from registry.comparison import collect
 from registry.side_by_side import of_interest, render, tables_of
-from registry.statistics import compare_predictions, video_of
+from registry.statistics import compare_predictions
 from registry.tables import Best
 from registry.training import Watcher
 from tests.helpers import feature_file
@@ -302,7 +302,7 @@ def test_differences_are_the_statistics_of_the_predictions(compare):
     expected = compare_predictions(
         tables["mean"][0]["label"],
         {name: np.stack([table["prediction"] for table in of_row]) for name, of_row in tables.items()},
-        video_of(list(tables["mean"][0]["id"])),
+        list(tables["mean"][0]["id"]),
         "mosi",
         reference="mean",
     )

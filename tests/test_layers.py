@@ -156,7 +156,7 @@ def test_an_unknown_name(name):
 
 SIDE_EFFECTS = """
 import importlib, json, logging, os, random, warnings
-import numpy, pandas, rich.console, safetensors.torch, sklearn.metrics, torch, transformers, typer
+import MMSA, numpy, pandas, rich.console, safetensors.torch, sklearn.metrics, torch, transformers, typer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 wrote = []
