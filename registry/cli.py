@@ -45,6 +45,14 @@ SMALL_TABLE = 10
 Plugin = Annotated[
     list[str], typer.Option("--plugin", help="FILE.py or module of a plugin that is not packaged; repeatable.")
 ]
+Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")]
+Data = Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")]
+Encoder = Annotated[str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")]
+Seeds = Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")]
+Epochs = Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")]
+LabelRange = Annotated[float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+RunsFolder = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 
@@ -96,26 +104,20 @@ def _complain(message: str) -> None:
 @app.command()
 def run(
     model: Annotated[str, typer.Option("--model", "-m", help="A model, or MODEL+HOOK; see `benchmark list models`.")],
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")] = "demo",
-    data: Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")
-    ] = None,
-    seeds: Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")] = [
-        "1111"
-    ],
+    dataset: Dataset = "demo",
+    data: Data = None,
+    text_encoder: Encoder = None,
+    seeds: Seeds = ["1111"],
     preset: Annotated[str | None, typer.Option(help="Published hyper-parameters to start from.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file of config keys.")] = None,
     settings: Annotated[
         list[str], typer.Option("--set", help="KEY=VALUE; see `benchmark describe MODEL`; repeatable.")
     ] = [],
     hook: Annotated[list[str], typer.Option("--hook", help="A training hook to add; repeatable.")] = [],
-    epochs: Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")] = None,
-    label_range: Annotated[
-        float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    epochs: Epochs = None,
+    label_range: LabelRange = None,
+    device: Device = "auto",
+    runs: RunsFolder = Path("runs"),
     plugin: Plugin = [],
     force: Annotated[bool, typer.Option("--force", help="Train again where a finished run exists.")] = False,
     as_json: AsJson = False,
@@ -182,24 +184,18 @@ def compare(
     also_with: Annotated[
         list[str], typer.Option("--with", help="Hooks to add to each model that takes them, as heads,ulgm.")
     ] = [],
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")] = "demo",
-    data: Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")
-    ] = None,
-    seeds: Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")] = [
-        "1111-1115"
-    ],
+    dataset: Dataset = "demo",
+    data: Data = None,
+    text_encoder: Encoder = None,
+    seeds: Seeds = ["1111-1115"],
     preset: Annotated[str | None, typer.Option(help="Published hyper-parameters, for the models that have it.")] = None,
     settings: Annotated[
         list[str], typer.Option("--set", help="KEY=VALUE for the models that have the key; repeatable.")
     ] = [],
-    epochs: Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")] = None,
-    label_range: Annotated[
-        float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    epochs: Epochs = None,
+    label_range: LabelRange = None,
+    device: Device = "auto",
+    runs: RunsFolder = Path("runs"),
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
     ] = 1,
@@ -553,10 +549,8 @@ def import_checkpoint(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="What it was trained on.")] = "mosi",
     data: Annotated[Path | None, typer.Option(help="Feature file; with it the checkpoint is tested.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder: minilm, a hub name or a folder.")] = None,
-    label_range: Annotated[
-        float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder that holds run folders.")] = Path("runs"),
+    label_range: LabelRange = None,
+    runs: RunsFolder = Path("runs"),
     plugin: Plugin = [],
     debug: Debug = False,
 ) -> None:

@@ -41,8 +41,8 @@ def tables_of(comparison: Comparison, published: Sequence[PublishedResult] = ())
     tables = [_results(comparison)]
     if comparison.differences:
         tables.append(_differences(comparison))
-    if published:
-        tables.append(_published(comparison, published))
+    if published and (beside := _published(comparison, published)).rows:
+        tables.append(beside)
     return tables
 
 
@@ -64,9 +64,14 @@ def render(comparison: Comparison, form: str, published: Sequence[PublishedResul
 
 def of_interest(comparison: Comparison, results: Sequence[PublishedResult]) -> list[PublishedResult]:
     """Return the regression results of the models that are compared, on their dataset."""
-    models = {row.model for row in comparison.ok}
+    models = {row.model for row in _plain(comparison)}
     on_dataset = [r for r in results if (r.task, r.dataset) == ("regression", comparison.dataset)]
     return [r for r in on_dataset if r.model in models and r.metrics.keys() & set(comparison.metrics)]
+
+
+def _plain(comparison: Comparison) -> list[Row]:
+    """Return the rows of models without hooks of others: what is published is of these."""
+    return [row for row in comparison.ok if "+" not in row.runs[0].settings["model"]]
 
 
 # --- what stands in the tables
@@ -193,7 +198,7 @@ def _published(comparison: Comparison, results: Sequence[PublishedResult]) -> Ta
     numbers = {source: number for number, source in enumerate(sources, 1)}
     rows: Rows = []
     gaps = False
-    for row in comparison.ok:
+    for row in _plain(comparison):
         of_row = [result for result in results if result.model == row.model]
         names = [name for name in comparison.metrics if any(name in result.metrics for result in of_row)]
         for name in names:
@@ -211,8 +216,8 @@ def _published(comparison: Comparison, results: Sequence[PublishedResult]) -> Ta
     notes = _notes(results, numbers)
     caption = (
         f"Published figures on {comparison.dataset} beside those here. "
-        "gap: here minus published in standard errors of the means, from two seeds on, and only for a plain model "
-        "whose data setting, text encoder and metric's definition are known and the same"
+        "gap: here minus published in standard errors of the means, from two seeds on, and only for a model as it "
+        "was published, whose data setting, text encoder and metric's definition are known and the same"
         f"{'' if gaps else ': there is none here'}; a published spread, or number of seeds, that is not known counts "
         "as no error. † marks second-hand figures. "
         f"Sources: {'; '.join(listed)}." + (f" Notes: {'; '.join(notes)}." if notes else "")
@@ -242,7 +247,7 @@ def _cited(result: PublishedResult, name: str, numbers: Mapping[tuple[str, bool]
 def _agree(row: Row, result: PublishedResult) -> bool:
     """Whether a published figure is of a row's model and was made under its conditions, as far as both are known."""
     settings = row.runs[0].settings
-    if "+" in settings["model"] or row.protocol.get("changed settings", "none") not in ("none", "finetune_text=true"):
+    if row.protocol.get("changed settings", "none") not in ("none", "finetune_text=true"):
         return False
     encoder, _, mode = row.protocol.get("text encoder", "").rpartition(", ")
     with suppress(InputError):  # MMSA's published files hold BERT-base's features
