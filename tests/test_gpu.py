@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import registry
+from registry.contract import Batch, ModelSpec
 from registry.data.batches import predict
+from registry.data.text import TextEncoder
+from registry.jobs import needs_of
+from registry.plugins import Plugins
 from registry.training import Epoch, Watcher
 from selfmm_plugin import UnimodalLabelGenerator, UnimodalSupervision
 from selfmm_plugin.upstream import translate
-from tests.helpers import feature_file
+from tests.baselines import batch, configured, info
+from tests.helpers import TINY_BERT, feature_file
 from tests.test_golden import TRACES, Trace
 
 CUDA = torch.device("cuda")
@@ -68,9 +76,12 @@ def test_autocast_does_not_lower_the_precision_of_the_centres_with_rows_on_the_h
     assert [float(center) for center in generator.centers["text"]] == [2.0, 2.0]
 
 
-def test_ulgm_never_waits_for_the_device():
+@pytest.mark.parametrize("relative", ["positive", "centers", "difference"])
+@pytest.mark.parametrize("centers", ["step", "epoch", "ema"])
+def test_ulgm_never_waits_for_the_device(centers, relative):
     labels = torch.linspace(-3, 3, 64, device="cuda")
-    supervision = UnimodalSupervision(labels, {"fusion": 8, "text": 6, "audio": 5}, label_range=3.0).cuda()
+    widths = {"fusion": 8, "text": 6, "audio": 5}
+    supervision = UnimodalSupervision(labels, widths, label_range=3.0, centers=centers, relative=relative).cuda()
     features = {
         name: torch.randn(16, width, device="cuda") for name, width in (("fusion", 8), ("text", 6), ("audio", 5))
     }
@@ -84,6 +95,57 @@ def test_ulgm_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
     assert supervision.generator.labels["text"].isfinite().all()
     assert not supervision.generator.labels["text"][:16].equal(labels[:16])
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model in training mode whose step has no random draws, which differ between devices."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model.train()
+
+
+def moved(data: Batch, device: torch.device) -> Batch:
+    arrays = {name: value.to(device) for name, value in vars(data).items() if isinstance(value, torch.Tensor)}
+    return replace(data, **arrays, labels={task: values.to(device) for task, values in data.labels.items()})
+
+
+def step_of(model: torch.nn.Module, data: Batch) -> dict[str, torch.Tensor]:
+    """Return what a training step computes, before the update."""
+    output = model(data)
+    losses = {f"loss {name}": loss for name, loss in output.losses.items()}
+    ((output.prediction - data.labels["M"]).square().mean() + sum(losses.values())).backward()
+    features = {f"feature {name}": feature for name, feature in output.features.items()}
+    gradients = {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {"prediction": output.prediction, **features, **losses, **gradients}
+    return {name: tensor.detach().double().cpu() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in Plugins().entries("model")])
+def test_a_step_of_every_model_is_the_cpu_s(name, monkeypatch):
+    """Predictions, features, losses and gradients, those of the bridge's models after their clipping to a norm."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    spec = Plugins().load("model", name)
+    assert isinstance(spec, ModelSpec)
+    still = TextEncoder.from_config({**TINY_BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    published = next(iter(spec.presets.values()), {})
+    config = configured(spec, dataset="mosi" if "mosi" in published or not published else "sims")
+    data = batch(tasks="MTAV", clips=16)
+    if "text" not in needs_of(spec, config):
+        data = replace(data, text_ids=None, text_mask=None, text_segments=None)
+    on_cpu = without_dropout(spec.build(config, replace(info(tasks="MTAV"), text_encoder=still)))
+    on_gpu = copy.deepcopy(on_cpu).to(CUDA)
+    torch.manual_seed(0)
+    expected = step_of(on_cpu, data)
+    torch.manual_seed(0)
+    found = step_of(on_gpu, moved(data, CUDA))
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        atol = 1e-4 * max(1.0, float(values.abs().max()))
+        np.testing.assert_allclose(found[key], values, rtol=1e-3, atol=atol, err_msg=key)
 
 
 def test_a_run_on_a_gpu_is_loaded_on_the_cpu(tmp_path, encoder):
