@@ -28,10 +28,13 @@ from .data.batches import Split, predict
 from .errors import BenchmarkError, InputError, RunFailed, one_line
 from .isolation import isolated
 from .jobs import Job, make_plan
+from .labels import generated_in_vain
 from .metrics import regression
 from .plugins import NAME
-from .runs import environment, finished, finite, load_run, require_no_strangers, require_writable, write_run
-from .training import Epoch, Watcher, train, tunes_text
+from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
+from .training import Epoch, Watcher, text_sums, train
+
+FAILED_LOG = ".failed.log"
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,9 @@ def run(
     kept = [seed for seed in seeds if finished(folder / str(seed)) and not force]
     if kept:
         watcher.note(_kept_note(kept, folder, plan.sources))
+    for seed in seeds:
+        if seed not in kept and (folder / str(seed)).exists() and not force:
+            watcher.note(f"{folder / str(seed)} is trained again: {fault_of(folder / str(seed))}")
     for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
         if force or not finished(target):  # perhaps by another process, meanwhile
@@ -169,7 +175,7 @@ def run(
                 if isinstance(error, InputError) and not done and not history:
                     raise
                 reason = _reason(error)
-                _write_failure(log, [*map(str, history), reason], error)
+                _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
                 watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
                 done.append(SeedRun(seed, "failed", reason, None, {}, None))
                 continue
@@ -179,6 +185,11 @@ def run(
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
             best = f"its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
             watcher.note(f"{plan.name}, seed {seed}: {best}")
+        if generated_in_vain(saved):
+            watcher.note(
+                f"{plan.name}, seed {seed}: its best epoch, {saved.best_epoch}, had seen human labels only; "
+                "no generated one had moved before it"
+            )
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
         protocol = saved.summary.get("protocol", protocol)
     return Result(plan.name, plan.dataset.name, done, folder, protocol)
@@ -190,12 +201,12 @@ def _kept_note(seeds: Sequence[int], folder: Path, sources: Mapping[str, str]) -
     stale = ", ".join(part for part, source in sources.items() if any(b.get(part) != source for b in before))
     changed = f"; the source of {stale} has changed since" if stale else ""
     named = f"seeds {', '.join(map(str, seeds))} are" if len(seeds) > 1 else f"seed {seeds[0]} is"
-    return f"{named} finished already in {folder} (--force trains again){changed}"
+    return f"{named} finished already in {folder}{changed}"
 
 
 def failure_log(folder: Path, seed: int | None) -> Path:
-    """Return where a seed that failed leaves its epochs, its reason, and where in the code it was."""
-    return folder / f"{seed}.failed.log"
+    """Return where a seed that failed leaves its reason, the first line, its epochs, and where in the code it was."""
+    return folder / f"{seed}{FAILED_LOG}"
 
 
 def _reason(error: BaseException) -> str:
@@ -254,6 +265,7 @@ def _train_seed(
             for hook in plan.hooks
         }
         require_writable(folder.parent)
+        before = text_sums(model)
         watcher.start(seed, number, plan.config.model)
         outcome = train(
             model,
@@ -272,7 +284,7 @@ def _train_seed(
         "best_epoch": outcome.best_epoch,
         "valid_mae": outcome.history[outcome.best_epoch - 1].valid_mae,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "protocol": job.protocol(tuned=tunes_text(model, plan.config.model)),
+        "protocol": job.protocol(tuned=not text_sums(model).equal(before)),
         "artifacts": list(tables),
     }
     tables["predictions"] = predictions

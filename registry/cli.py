@@ -37,6 +37,7 @@ out = Console(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdou
 err = Console(stderr=True)
 KINDS = {"models": "model", "datasets": "dataset", "hooks": "hook", "published": "published"}
 FORMATS = ("table", "markdown", "latex", "html", "csv", "json")
+SUFFIXES = {".md": "markdown", ".tex": "latex", ".html": "html", ".csv": "csv", ".json": "json"}
 _FIGURE = 30
 """Characters of the longest figure with its interval: what is longer may be broken in a wide table."""
 SMALL_TABLE = 10
@@ -165,7 +166,13 @@ def run(
         raise typer.Exit(1)
 
 
-Format = Annotated[str, typer.Option("--format", "-f", help="table, markdown, latex, html, csv or json.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", "-f", help="table, markdown, latex, html, csv or json; table, or what --out ends in, by default."
+    ),
+]
+Metrics = Annotated[str | None, typer.Option(help="Metrics to show besides MAE, with commas between; all by default.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file, not to the terminal.")]
 Published = Annotated[bool, typer.Option("--published", help="Add what others have published of these models.")]
 
@@ -199,8 +206,9 @@ def compare(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
     ] = 1,
+    metrics: Metrics = None,
     published: Published = False,
-    form: Format = "table",
+    form: Format = None,
     target: OutFile = None,
     plugin: Plugin = [],
     debug: Debug = False,
@@ -209,7 +217,7 @@ def compare(
     from .comparison import compare as compare_models
     from .progress import make_watcher
 
-    _check_output(form, target)
+    form = _checked_format(form, target)
     results = _published_results(plugin) if published else None
     overrides = _overrides(settings, epochs)
     try:
@@ -227,6 +235,7 @@ def compare(
                 device=device,
                 runs=runs,
                 plugins=plugin,
+                metrics=_names(metrics),
                 watcher=watcher,
                 jobs=jobs,
                 before=lambda name, number, of: watcher.note(f"model {number} of {of}: {name}"),
@@ -244,34 +253,48 @@ def table(
     reference: Annotated[
         str | None, typer.Option(help="The row that the others are compared with; the first by default.")
     ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Whose runs are meant, of several.")] = None,
+    metrics: Metrics = None,
     published: Published = False,
-    form: Format = "table",
+    form: Format = None,
     target: OutFile = None,
     plugin: Plugin = [],
     debug: Debug = False,
 ) -> None:
-    """Print finished runs side by side, as `compare` does; a configuration's seeds make one row."""
+    """Print the runs in folders side by side, as `compare` does; a configuration's seeds make one row.
+
+    A run that failed, or whose files are broken, is said in its row, and makes the exit code 1.
+    """
     from .comparison import collect
 
-    _check_output(form, target)
+    form = _checked_format(form, target)
     results = _published_results(plugin) if published else None
-    _show_comparison(collect(folders, reference), form, target, results)
+    comparison = collect(folders, reference, dataset=dataset, metrics=_names(metrics), plugins=plugin)
+    _show_comparison(comparison, form, target, results)
+    if any(row.note for row in comparison.rows):
+        raise typer.Exit(1)
 
 
-def _check_output(form: str, target: Path | None) -> None:
-    """See that a table can be written as it is wanted, before anything is trained for it."""
+def _checked_format(form: str | None, target: Path | None) -> str:
+    """Return the format that is wanted, by its name or the file's; what cannot be written is said before training."""
     from .errors import unknown
+    from .runs import require_file
 
+    if form is None:
+        form = "table" if target is None else SUFFIXES.get(target.suffix.lower(), "")
+    if target is not None and form in ("", "table"):
+        raise InputError(f"--out needs --format {', '.join(FORMATS[1:])}, or a file that ends in {', '.join(SUFFIXES)}")
     if form not in FORMATS:
         raise InputError(unknown("format", form, FORMATS))
-    if target is not None and form == "table":
-        raise InputError(f"--out needs --format {', '.join(FORMATS[1:])}: a terminal's table is for a terminal")
     if target is not None:
-        from .runs import require_file
-
         require_file(target, "--out")
         if not target.absolute().parent.is_dir():
             raise InputError(f"--out {target} is in a folder that does not exist")
+    return form
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
 
 
 def _published_results(plugin: Sequence[str]) -> list[PublishedResult]:
@@ -287,14 +310,15 @@ def _show_comparison(
     comparison: Comparison, form: str, target: Path | None, published: list[PublishedResult] | None
 ) -> None:
     """Print or write a comparison; `published` is None where it was not asked for."""
+    from .forms import render
     from .runs import write_file
-    from .side_by_side import of_interest, render, tables_of
+    from .side_by_side import BEST, of_interest, tables_of
 
     results = of_interest(comparison, published or [])
     if published is not None and not results:
         err.print(f"nothing is published of these models on {comparison.dataset}", highlight=False)
     if form != "table":
-        text = render(comparison, form, results)
+        text = render(comparison, form, results, target.stem if target else "")
         if target is None:
             sys.stdout.write(text)
         else:
@@ -303,21 +327,18 @@ def _show_comparison(
         return
     for made in tables_of(comparison, results):
         _print_wide_table(made.title, made.rows)
-        out.print(escape(made.caption), highlight=False)
+        for note in made.notes:
+            if out.is_terminal or not note.startswith(BEST):  # a pipe has no bold
+                out.print(escape(note), highlight=False)
         out.print()
 
 
 def _print_wide_table(title: str, rows: Sequence[dict[str, str]]) -> None:
     """Print a table in as many pieces as the terminal's width asks for, the first column in each."""
-    first, *others = rows[0]
-    pieces: list[list[str]] = [[]]
-    for column in others:
-        with_it = [{name: row[name] for name in (first, *pieces[-1], column)} for row in rows]
-        if pieces[-1] and _table(with_it, fold=True, unbroken=_FIGURE)[1] > out.width:
-            pieces.append([])
-        pieces[-1].append(column)
-    for number, columns in enumerate(pieces):
-        piece = [{name: row[name] for name in (first, *columns)} for row in rows]
+    from .forms import split
+
+    pieces = split([*rows], lambda piece: _table(piece, fold=True, unbroken=_FIGURE)[1] <= out.width)
+    for number, piece in enumerate(pieces):
         _print_table(f"{title}, continued" if number else title, piece, unbroken=_FIGURE)
 
 

@@ -11,28 +11,32 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
-from .benchmark import Result, SeedRun, checked_seeds, find_device
+from .benchmark import FAILED_LOG, Result, SeedRun, checked_seeds, find_device
 from .benchmark import run as run_model
 from .config import accepts, keys_of, parse_settings
-from .contract import HookSpec, ModelSpec
+from .contract import HookSpec, ModelSpec, Training
 from .errors import BenchmarkError, InputError, one_line, unknown
 from .jobs import make_plan
+from .labels import generated_in_vain
+from .metrics import names_of
 from .plugins import Plugins
-from .runs import Run, finished, load_run
+from .runs import Run, fault_of, load_run
 from .statistics import Difference, compare_predictions, video_of
 from .training import Epoch, Watcher
 
@@ -100,6 +104,16 @@ class Row:
         return float(np.mean(later)) if later else None
 
     @property
+    def seeds(self) -> list[int]:
+        """The seeds of its finished runs; an imported checkpoint has none."""
+        return [run.settings["seed"] for run in self.runs if run.settings["seed"] is not None]
+
+    @cached_property
+    def generated_in_vain(self) -> list[Run]:
+        """The runs whose best epoch had seen none of the labels that were generated, as none had moved before it."""
+        return [run for run in self.runs if generated_in_vain(run)]
+
+    @property
     def note(self) -> str:
         """What failed, in one line; empty where nothing did."""
         if self.reason is not None:
@@ -116,6 +130,10 @@ class Comparison:
 
     dataset: str
     rows: Sequence[Row]
+    only: Sequence[str] = ()
+    """the metrics to show besides MAE; all by default"""
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """by hook, the one that stands in its place in the model that shows what it adds"""
 
     @property
     def ok(self) -> list[Row]:
@@ -129,9 +147,9 @@ class Comparison:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics, the primary one first."""
-        found = list(self.ok[0].runs[0].metrics) if self.ok else []
-        return sorted(found, key=lambda name: (name != PRIMARY, name != "Corr"))
+        """Names of the metrics that are shown, the primary one first."""
+        found = sorted(self.ok[0].runs[0].metrics, key=lambda name: name != "Corr") if self.ok else []
+        return list(dict.fromkeys([PRIMARY, *(self.only or found)])) if found else []
 
     @property
     def videos(self) -> list[str]:
@@ -143,19 +161,43 @@ class Comparison:
     @cached_property
     def differences(self) -> dict[str, Difference]:
         """How every other row differs from the reference on the test split."""
-        if self.reference is None or len(self.ok) < 2:
+        if self.reference is None:
             return {}
-        tables = {row.name: [run.predictions for run in row.runs] for row in self.ok}
-        family = self.reference.runs[0].settings["data"]["metrics"]
+        return self._compared({row.name: self.reference.name for row in self.ok[1:]})
+
+    @cached_property
+    def pairs(self) -> dict[str, str]:
+        """The rows with a hook that has a control, each with the row that has the control in its place."""
+        names = [row.name for row in self.ok]
+        pairs = {name: self._control_of(name) for name in names}
+        return {name: control for name, control in pairs.items() if control in names and control != name}
+
+    @cached_property
+    def effects(self) -> dict[str, Difference]:
+        """How every row of `pairs` differs from its control on the test split: what the hook adds."""
+        return self._compared(self.pairs)
+
+    def _control_of(self, name: str) -> str:
+        model, colon, settings = name.partition(":")
+        return "+".join(self.controls.get(part, part) for part in model.split("+")) + colon + settings
+
+    def _compared(self, references: Mapping[str, str]) -> dict[str, Difference]:
+        if not references:
+            return {}
+        wanted = {*references, *references.values()}
+        tables = {row.name: [run.predictions for run in row.runs] for row in self.ok if row.name in wanted}
         predictions = {name: np.stack([t["prediction"] for t in of_row]) for name, of_row in tables.items()}
-        truth = tables[self.reference.name][0]["label"].to_numpy()
-        return compare_predictions(truth, predictions, self.videos, family, reference=self.reference.name)
+        first = self.ok[0].runs[0]
+        family = first.settings["data"]["metrics"]
+        return compare_predictions(first.predictions["label"], predictions, self.videos, family, reference=references)
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a model with every figure as a number, ready for further work."""
+        """Return one row a model with every figure as a number, ready for further work.
+
+        `difference` is from the reference, `effect` from the model's control (see `pairs`).
+        """
         records = []
         for row in self.rows:
-            difference = self.differences.get(row.name)
             record: dict[str, Any] = {
                 "model": row.name,
                 "text": row.text if row.runs else None,
@@ -163,15 +205,19 @@ class Comparison:
                 "tuned for": row.protocol.get("tuned for"),
                 "data": row.protocol.get("data"),
                 "seeds": len(row.runs),
+                "which seeds": ",".join(map(str, row.seeds)),
             }
             for name in self.metrics:
                 record[name] = row.mean.get(name)
                 record[f"{name} sd"] = row.std[name] if row.std else None
-                if difference:
-                    record[f"{name} difference"] = difference.mean[name]
-                    record[f"{name} low"], record[f"{name} high"] = difference.low[name], difference.high[name]
-            if difference:
-                record["MAE p"] = difference.p_mae
+                for what, found in (("difference", self.differences), ("effect", self.effects)):
+                    if difference := found.get(row.name):
+                        record[f"{name} {what}"] = difference.mean[name]
+                        record[f"{name} {what} low"] = difference.low[name]
+                        record[f"{name} {what} high"] = difference.high[name]
+            for what, found in (("difference", self.differences), ("effect", self.effects)):
+                if difference := found.get(row.name):
+                    record[f"MAE {what} p"] = difference.p_mae
             record |= {"parameters": row.parameters, "seconds an epoch": row.seconds_per_epoch, "note": row.note}
             records.append(record)
         return pd.DataFrame(records)
@@ -180,7 +226,7 @@ class Comparison:
         """Return what `compare --format json` prints: what `run --json` does for each row, and its differences."""
         rows = []
         for row in self.rows:
-            difference = self.differences.get(row.name)
+            difference, effect = self.differences.get(row.name), self.effects.get(row.name)
             rows.append(
                 {
                     **row.result.as_dict(),
@@ -192,6 +238,7 @@ class Comparison:
                     "seconds_per_epoch": row.seconds_per_epoch,
                     "protocol": row.protocol,
                     "difference": difference and vars(difference),
+                    "effect": effect and {"control": self.pairs[row.name], **vars(effect)},
                 }
             )
         return rows
@@ -211,6 +258,7 @@ def compare(
     device: str = "auto",
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
+    metrics: Sequence[str] = (),
     watcher: Watcher | None = None,
     jobs: int = 1,
     before: Callable[[str, int, int], None] | None = None,
@@ -226,9 +274,10 @@ def compare(
         seeds: one run each, for every model.
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
+        metrics: the ones to show besides MAE; all by default.
         watcher: is told of progress.
-        jobs: models trained at once, in processes of their own that share the machine's cores; epochs are then not
-            told of. A script that asks for several needs `if __name__ == "__main__":`.
+        jobs: models trained at once, in processes of their own that share the machine's cores. A script that asks for
+            several needs `if __name__ == "__main__":`.
         before: is told each model's name, its number and how many there are, before it is trained; with several jobs
             when it has ended.
 
@@ -270,6 +319,7 @@ def compare(
             del plans[name]
         else:
             made_plan.place_of(data)
+            check_metrics(metrics, made_plan.metrics)
     options: dict[str, Any] = {
         "dataset": dataset,
         "data": data,
@@ -281,6 +331,7 @@ def compare(
         "plugins": plugins,
     }
     made: dict[str, Row] = {}
+    reasons: dict[str, str] = {}
     all_refused = True
     work = {name: {"model": plan.model, **options, **plan.options} for name, plan in plans.items()}
     jobs = min(jobs, max(1, len(work)))
@@ -289,14 +340,24 @@ def compare(
             watcher.note(f"{name} is left out: {row.reason}")
             continue
         if row.reason is not None:
-            watcher.note(f"{name} failed: {row.reason}")
+            first = reasons.setdefault(row.reason, name)
+            watcher.note(f"{name} failed: {row.reason}" if first == name else f"{name} failed as {first} did")
         all_refused &= refused
         made[name] = row
     done = [made[name] for name in plans if name in made]
     if all(row.reason is not None for row in done):
         kind = InputError if all_refused else BenchmarkError
         raise kind(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
-    return Comparison(dataset, done)
+    controls = {hook.name: hook.control for plan in plans.values() for hook in plan.hooks if hook.control}
+    return Comparison(dataset, done, metrics, controls)
+
+
+def check_metrics(names: Sequence[str], family: Literal["mosi", "sims"]) -> None:
+    """See that metrics are of a family's; raises InputError for one that is not."""
+    known = names_of(family)
+    for name in names:
+        if name not in known:
+            raise InputError(unknown("metric", name, known))
 
 
 _Work = Mapping[str, dict[str, Any]]
@@ -314,12 +375,17 @@ def _in_turn(work: _Work, watcher: Watcher, before: _Before) -> Iterator[tuple[s
 
 def _at_once(jobs: int, work: _Work, watcher: Watcher, before: _Before) -> Iterator[tuple[str, Row, bool]]:
     """Train several models at a time, each in a process, and yield them as they end."""
-    # A fork would share torch's threads and the GPU's state.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _share_cores, (jobs,))
+    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and the GPU's state
+    progress = context.Queue()
+    watchers = {name: watcher.beside(name) for name in work}
+    listener = Thread(target=_listen, args=(progress, watchers), daemon=True)
+    listener.start()
+    pool = ProcessPoolExecutor(jobs, context, _begin, (jobs, progress))
     try:
         names = {pool.submit(_train_elsewhere, name, options): name for name, options in work.items()}
         for number, future in enumerate(as_completed(names), 1):
             name = names[future]
+            watchers[name].end()
             if before:
                 before(f"{name} has ended", number, len(work))
             try:
@@ -337,18 +403,49 @@ def _at_once(jobs: int, work: _Work, watcher: Watcher, before: _Before) -> Itera
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        progress.put(None)
+        listener.join(timeout=5)
 
 
-def _share_cores(jobs: int) -> None:
+def _listen(progress: Any, watchers: Mapping[str, Watcher]) -> None:
+    """Pass on what the processes tell, until None comes."""
+    while told := progress.get():
+        name, call, *what = told
+        getattr(watchers[name], call)(*what)
+
+
+_progress: Any = None
+"""In a process of `_at_once`: where its progress is told."""
+
+
+def _begin(jobs: int, progress: Any) -> None:
+    """Make a new process ready to train."""
+    global _progress
+    _progress = progress
+    progress.cancel_join_thread()  # what is not yet told must not keep it from ending
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train_elsewhere(name: str, options: dict[str, Any]) -> tuple[Row, bool, list[tuple[Any, ...]]]:
     """Train in this process, and return what was said as well."""
-    kept = _Kept()
-    with redirect_stdout(sys.stderr):  # what a plugin prints is not a result
-        return *_train(name, options, kept), kept.said
+    told = _Teller(name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that nothing half-written stays
+    try:
+        with redirect_stdout(sys.stderr):  # what a plugin prints is not a result
+            return *_train(name, options, told), told.said
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, bool]:
@@ -361,64 +458,136 @@ def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, b
     return Row(name, [load_run(run.folder) for run in result.ok if run.folder], failed), False
 
 
-def collect(folders: Sequence[str | Path], reference: str | None = None) -> Comparison:
-    """Return finished runs side by side, one row for each configuration.
+def collect(
+    folders: Sequence[str | Path],
+    reference: str | None = None,
+    *,
+    dataset: str | None = None,
+    metrics: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+) -> Comparison:
+    """Return the runs in folders side by side, one row for each configuration.
 
     Args:
         folders: of seeds, of configurations, or any above them.
-        reference: the name of the row that the others are compared with; the first one by default.
+        reference: the row that the others are compared with, by its name or by that of a model that one row has; the
+            first one by default.
+        dataset: the one whose runs are meant, where there are several.
+        metrics: as for `compare`.
+        plugins: files or modules of hooks that are not packaged.
+
+    Returns:
+        Every configuration; a run that failed or is broken stands in its row's note.
 
     Raises:
-        InputError: there is no finished run, or the runs are of different test splits.
+        InputError: a folder has no finished run, or the runs are of several datasets or test splits.
     """
-    by_config: dict[tuple[str, ...], list[Run]] = {}
-    key: tuple[str, ...]
+    configs: dict[tuple[str, ...], _Config] = {}
     for folder in map(Path, map(os.path.expanduser, folders)):
-        below = [path.parent for path in folder.rglob("metrics.json") if not _hidden(path.relative_to(folder))]
-        there = [place for place in sorted(below, key=_natural) if finished(place)]
-        if not there:
-            raise InputError(f"{folder} holds no finished run")
-        for run in map(load_run, there):
-            settings = run.settings
-            # By content, not place: a configuration's seeds may come from several machines.
-            key = (settings["model"], settings["dataset"], run.folder.resolve().parent.name)
-            if settings["seed"] is None:  # an imported checkpoint is no seed of those that were trained
-                key = (*key, run.folder.name)
-            of_config = by_config.setdefault(key, [])
-            if settings["seed"] not in [other.settings["seed"] for other in of_config]:
-                of_config.append(run)
-    tested = {config: [run for run in found if run.metrics] for config, found in by_config.items()}
-    names = _names({config: found[0] for config, found in tested.items() if found})
-    rows = [Row(names[config], found) for config, found in tested.items() if found]
-    if not rows:
+        found = {place: fault_of(place) for place in _run_folders(folder)}
+        if None not in found.values():
+            why = "".join(f"; {place}: {fault}" for place, fault in list(found.items())[:3])
+            raise InputError(f"{folder} holds no finished run{why}")
+        faults = {place: fault and f"{place}: {fault}" for place, fault in found.items()}
+        for log in folder.rglob(f"*{FAILED_LOG}"):
+            faults[log] = log.read_text("utf-8", "replace").partition("\n")[0]
+        for place, fault in sorted(faults.items(), key=lambda item: _natural(item[0])):
+            config = configs.setdefault(_key(place), _Config())
+            if fault is None:
+                run = load_run(place)
+                config.runs.setdefault(run.settings["seed"], run)
+            else:
+                seed = place.name.removesuffix(FAILED_LOG)
+                config.failed[int(seed) if seed.isdecimal() else None] = fault
+    datasets = {key[1] for key in configs}
+    if dataset is not None and dataset not in datasets:
+        raise InputError(unknown("dataset", dataset, datasets))
+    if dataset is None and len(datasets) > 1:
+        raise InputError(f"these are runs on {', '.join(sorted(datasets))}: choose one with --dataset")
+    configs = {key: config for key, config in configs.items() if dataset in (None, key[1])}
+    names = _names(configs)
+    rows = []
+    for key, config in configs.items():
+        tested = [run for run in config.runs.values() if run.metrics]
+        failed = {seed: reason for seed, reason in config.failed.items() if seed not in config.runs}
+        if tested or failed:
+            rows.append(Row(names[key], tested, failed))
+    rows.sort(key=lambda row: not row.runs)
+    if not rows or not rows[0].runs:
         raise InputError("the runs were not tested: they are checkpoints that were imported without --data")
-    _check_one_split(rows)
+    _check_one_split([row for row in rows if row.runs])
     if reference is not None:
-        if reference not in names.values():
-            raise InputError(unknown("row", reference, names.values()))
-        rows.sort(key=lambda row: row.name != reference)
-    return Comparison(rows[0].runs[0].settings["dataset"], rows)
+        meant = [row for row in rows if row.name == reference] or [row for row in rows if _model_of(row) == reference]
+        if len(meant) != 1:
+            raise InputError(unknown("row", reference, [row.name for row in rows]))
+        rows.sort(key=lambda row: row is not meant[0])
+    settings = rows[0].runs[0].settings
+    check_metrics(metrics, settings["data"]["metrics"])
+    return Comparison(settings["dataset"], rows, metrics, _controls(rows, Plugins(plugins)))
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+@dataclass
+class _Config:
+    """What lies in the folders of one configuration, by seed."""
+
+    runs: dict[int | None, Run] = field(default_factory=dict)
+    failed: dict[int | None, str] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> str:
+        """The settings that are not the preset's, as they are given after a model's name."""
+        changed = [run.summary.get("protocol", {}).get("changed settings", "none") for run in self.runs.values()]
+        return "" if not changed or changed[0] == "none" else changed[0].replace(", ", ":")
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Return what looks like the folder of a run, whole or not."""
+    marks = [path for name in ("metrics.json", "environment.json", "predictions.csv") for path in folder.rglob(name)]
+    shown = [path for path in marks if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return list(dict.fromkeys(path.parent for path in shown))
+
+
+def _key(place: Path) -> tuple[str, ...]:
+    """Return model, dataset and configuration of a run or of what is left of one.
+
+    By content where it can be read, and not by place: a configuration's seeds may come from several machines.
+    """
+    *_, model, dataset, config, name = ("", "", "", *place.resolve().parts)
+    try:
+        settings = Run(place).settings
+        key = (settings["model"], settings["dataset"], config)
+        return (*key, name) if settings["seed"] is None else key  # an imported checkpoint is no seed of the others
+    except (InputError, KeyError, TypeError):
+        return model, dataset, config
+
+
+def _controls(rows: Sequence[Row], plugins: Plugins) -> dict[str, str]:
+    """Return the controls of the hooks that rows were trained with, as far as those are still installed."""
+    controls = {}
+    for hook in dict.fromkeys(hook for row in rows for run in row.runs for hook in run.settings["hooks"]):
+        with suppress(InputError):
+            controls[hook] = plugins.load("hook", hook).control
+    return {hook: control for hook, control in controls.items() if control}
+
+
+def _model_of(row: Row) -> str:
+    return row.name.partition(":")[0]
 
 
 def _natural(path: Path) -> list[Any]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+    """Return what sorts a path by its folders' names, and numbers in them by size."""
+    return [[int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", part)] for part in path.parts]
 
 
-def _names(runs: Mapping[tuple[str, ...], Run]) -> dict[tuple[str, ...], str]:
+def _names(configs: Mapping[tuple[str, ...], _Config]) -> dict[tuple[str, ...], str]:
     """Return what each configuration is called: its model and, where several have one, what was set or its hash."""
-    models = {config: config[0] for config in runs}
-    shared = {model for model, count in Counter(models.values()).items() if count > 1}
-    names = {}
-    for config, run in runs.items():
-        changed = run.summary.get("protocol", {}).get("changed settings", "none")
-        what = config[-1] if changed == "none" else changed.replace(", ", ":")
-        names[config] = f"{models[config]}:{what}" if models[config] in shared else models[config]
-    twice = {name for name, count in Counter(names.values()).items() if count > 1}
-    return {config: f"{models[config]}:{config[-1]}" if name in twice else name for config, name in names.items()}
+    models = Counter(key[0] for key in configs)
+    names = {
+        key: key[0] if models[key[0]] == 1 else f"{key[0]}:{config.changed or key[-1]}"
+        for key, config in configs.items()
+    }
+    counts = Counter(names.values())
+    return {key: name if counts[name] == 1 else f"{key[0]}:{key[-1]}" for key, name in names.items()}
 
 
 def _check_one_split(rows: Sequence[Row]) -> None:
@@ -445,6 +614,10 @@ def _expand(models: Sequence[str], plugins: Plugins, watcher: Watcher) -> list[s
             names.append(part)
     if not all(names):
         raise InputError("--models takes names with commas between them, as self_mm,tfn,tfn+ulgm")
+    if with_settings := [name for name in names if re.fullmatch(f"{ALL}[:+].*", name)]:
+        raise InputError(
+            f"{with_settings[0]}: {ALL} takes no settings and no hooks; --set and --with are for every model"
+        )
     if ALL not in names:
         return names
     rest = []
@@ -501,17 +674,34 @@ def _check_used(shared: Mapping[str, Any], preset: str | None, plans: Mapping[st
             watcher.note(f"there is no preset {preset} for {', '.join(lacking)}: their own default is used")
 
 
-class _Kept(Watcher):
-    """Keeps notes and failures."""
+class _Teller(Watcher):
+    """Sends progress to the parent process, and keeps notes and failures for the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.said: list[tuple[Any, ...]] = []
+        self._name = name
+        self._last = 0.0
 
     def note(self, text: str) -> None:
         self.said.append(("note", text))
 
     def failed(self, seed: int, reason: str) -> None:
         self.said.append(("failed", seed, reason))
+
+    def start(self, seed: int, number: str, config: Any) -> None:
+        # The whole config may be of a class that only this process has.
+        self._send("start", seed, number, Training(epochs=config.epochs, early_stop=config.early_stop))
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        if time.monotonic() - self._last > 0.5:
+            self._last = time.monotonic()
+            self._send("step", epoch, step, steps)
+
+    def epoch(self, record: Epoch) -> None:
+        self._send("epoch", record)
+
+    def _send(self, *what: Any) -> None:
+        _progress.put((self._name, *what))
 
 
 class _Once(Watcher):
@@ -537,3 +727,6 @@ class _Once(Watcher):
 
     def epoch(self, record: Epoch) -> None:
         self._watcher.epoch(record)
+
+    def beside(self, name: str) -> Watcher:
+        return self._watcher.beside(name)

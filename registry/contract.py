@@ -246,7 +246,8 @@ class ModelSpec:
 class HookSpec:
     """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`.
 
-    `excludes` are the hooks that no model can have besides it, each with the reason.
+    `excludes` are the hooks that no model can have besides it, each with the reason; `control` is the hook that stands
+    in its place in the model that shows what it adds.
     """
 
     name: str
@@ -254,6 +255,7 @@ class HookSpec:
     build: Callable[..., TrainingHook]
     config: type[Config] = Config
     excludes: Mapping[str, str] = field(default_factory=dict)
+    control: str = ""
     version: str = "1"
 
 

@@ -141,7 +141,7 @@ def read_labels(run: Run) -> GeneratedLabels:
     Raises:
         InputError: it has none, or a table lacks a column.
     """
-    saved = run.summary.get("artifacts", [])
+    saved = run.summary["artifacts"]
     if not {"labels", "label_movement"} <= set(saved):
         hooks = ", ".join(run.settings.get("hooks", {})) or "none"
         raise InputError(
@@ -154,6 +154,19 @@ def read_labels(run: Run) -> GeneratedLabels:
         if absent := [column for column in needed[name] if column not in table]:
             raise InputError(f"the table {name!r} of {run.folder} has no column {', '.join(absent)}")
     return GeneratedLabels(run, tables["labels"], tables["label_movement"], tables.get("true_labels"))
+
+
+def generated_in_vain(run: Run) -> bool:
+    """Whether a hook generated labels of which none had moved before the run's best epoch.
+
+    The weights of that epoch have then seen human labels only: labels that move in an epoch are used in the next one.
+    """
+    if run.best_epoch is None or "label_movement" not in run.summary["artifacts"]:
+        return False
+    movement = run.table("label_movement")
+    if not {"epoch", "distance"} <= set(movement):
+        return False
+    return not movement.loc[movement["epoch"] < run.best_epoch, "distance"].gt(0).any()
 
 
 def to_json(found: Sequence[GeneratedLabels], files: Sequence[Files]) -> str:

@@ -57,6 +57,11 @@ def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") 
     return scores | {"MAE": float(np.abs(p.astype(np.float64) - t).mean()), "Corr": correlation(p, t)}
 
 
+def names_of(family: Literal["mosi", "sims"]) -> list[str]:
+    """Return the names of `regression`'s metrics."""
+    return list(regression([1, -1], [1, -1], family))
+
+
 def classification(logits: Any, classes: Any) -> dict[str, float]:
     """Return the metrics of three-way classification: 0 negative, 1 neutral, 2 positive.
 

@@ -23,7 +23,7 @@ def make_watcher(console: Console | None = None) -> Iterator[Watcher]:
         yield PlainWatcher(console)
         return
     columns = (
-        TextColumn("seed {task.fields[seed]}"),
+        TextColumn("{task.fields[seed]}"),
         BarColumn(max(6, min(40, console.width - 74))),  # the rest is what 80 columns have to show
         TextColumn("epoch {task.fields[epoch]}  {task.fields[figures]}"),
         _TimeLeft(),
@@ -42,9 +42,10 @@ class _TimeLeft(TimeRemainingColumn):
 class PlainWatcher(Watcher):
     """One line for every note and every epoch."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, name: str = "") -> None:
         self.console = console
-        self.seed = 0
+        self.name = name
+        self.seed = ""
 
     def note(self, text: str) -> None:
         self._line(text)
@@ -53,11 +54,14 @@ class PlainWatcher(Watcher):
         self.console.print(f"[bold red]error:[/] seed {seed} failed: {escape(reason)}", highlight=False, soft_wrap=True)
 
     def start(self, seed: int, number: str, config: Training) -> None:
-        self.seed = seed
-        self._line(f"seed {seed} ({number})")
+        self.seed = f"{self.name} seed {seed}".lstrip()
+        self._line(f"{self.seed} ({number})")
 
     def epoch(self, record: Epoch) -> None:
-        self._line(f"seed {self.seed}  {record}")
+        self._line(f"{self.seed}  {record}")
+
+    def beside(self, name: str) -> Watcher:
+        return PlainWatcher(self.console, name)
 
     def _line(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
@@ -66,18 +70,24 @@ class PlainWatcher(Watcher):
 class LiveWatcher(PlainWatcher):
     """A bar that is full when training would end if no better epoch came; notes stay above it."""
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, progress: Progress, name: str = "") -> None:
+        super().__init__(console, name)
         self.progress = progress
         self.task: TaskID | None = None
 
+    def beside(self, name: str) -> Watcher:
+        return LiveWatcher(self.console, self.progress, name)
+
     def start(self, seed: int, number: str, config: Training) -> None:
+        self.end()
+        self.config, self.best = config, (math.inf, 0)
+        label = f"{self.name or 'seed'} {seed} ({number.replace(' of ', '/')})"
+        self.task = self.progress.add_task("", total=None, seed=label, epoch=1, figures="")
+
+    def end(self) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.config, self.best = config, (math.inf, 0)
-        self.task = self.progress.add_task(
-            "", total=None, seed=f"{seed} ({number.replace(' of ', '/')})", epoch=1, figures=""
-        )
+            self.task = None
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         last = min(self.config.epochs or math.inf, self.best[1] + self.config.early_stop)

@@ -40,6 +40,12 @@ FINISHED = "metrics.json"
 WEIGHTS = "model.safetensors"
 _SUFFIXES = (".json", ".csv", ".txt", ".safetensors")
 """of the files of a run folder"""
+_KEYS = {
+    FINISHED: ("metrics", "best_epoch", "artifacts"),
+    "config.json": ("model", "dataset", "seed", "config", "hooks", "data", "text_encoder"),
+    "environment.json": (),
+}
+"""what the files of a finished run have"""
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -156,8 +162,8 @@ def write_run(
 ) -> None:
     """Write a finished run in one go.
 
-    `settings` becomes `config.json`, `summary` `metrics.json`, each table `NAME.csv`; `model.safetensors` holds
-    every module's state below its name.
+    `settings` becomes `config.json`, `summary` `metrics.json` with each table's number of lines, each table `NAME.csv`;
+    `model.safetensors` holds every module's state below its name.
     """
     from safetensors.torch import save_file
 
@@ -169,6 +175,7 @@ def write_run(
     with writing(folder) as temporary:
         for name, table in tables.items():
             table.to_csv(temporary / f"{name}.csv", index=False)
+        summary = {**summary, "lines": {name: _lines(temporary / f"{name}.csv") for name in tables}}
         (temporary / "log.txt").write_text("".join(f"{line}\n" for line in log), "utf-8")
         save_file(weights, temporary / WEIGHTS)
         shutil.copymode(temporary / "log.txt", temporary / WEIGHTS)  # safetensors hides it from others
@@ -329,22 +336,49 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
     """
     given = [plugins] if isinstance(plugins, (str, Path)) else plugins
     run = Run(Path(os.path.expanduser(folder)), tuple(map(str, given)))
-    if not finished(run.folder):
-        raise InputError(
-            f"{folder} is not the folder of a finished run: {FINISHED} or another file is missing or broken"
-        )
+    if fault := fault_of(run.folder):
+        raise InputError(f"{folder} is not the folder of a finished run: {fault}")
     return run
 
 
 def finished(folder: Path) -> bool:
     """Whether a folder holds a finished run, with all that `Run` reads."""
-    run = Run(folder)
+    return fault_of(folder) is None
+
+
+def fault_of(folder: Path) -> str | None:
+    """Return what keeps a folder from being a finished run, with the name of the file; None where it is one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    found: dict[str, dict[str, Any]] = {}
+    for name, keys in _KEYS.items():
+        try:
+            found[name] = json.loads((folder / name).read_text("utf-8"))
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{name} cannot be read ({one_line(error)})"
+        if not isinstance(found[name], dict) or not found[name].keys() >= set(keys):
+            return f"{name} is broken: it must have {', '.join(keys)}"
+    summary, metrics = found[FINISHED], found[FINISHED]["metrics"]
+    if not isinstance(metrics, dict) or not all(isinstance(v, (int, float, type(None))) for v in metrics.values()):
+        return f"{FINISHED} is broken: its metrics are no numbers"
     try:
         with safe_open(folder / WEIGHTS, "np"):  # checks the header and the file's length
-            tables = list(run.summary.get("artifacts", []))
-        tables += ["predictions"] * bool(run.summary["metrics"]) + ["history"] * (run.best_epoch is not None)
-        whole = all(isinstance(part, dict) for part in (run.settings, run.environment, run.summary["metrics"]))
-        numbers = all(value is None or isinstance(value, (int, float)) for value in run.summary["metrics"].values())
-        return whole and numbers and all((folder / f"{name}.csv").stat().st_size > 0 for name in tables)
-    except (InputError, OSError, SafetensorError, AttributeError, KeyError, TypeError):
-        return False
+            pass
+    except (OSError, SafetensorError):
+        return f"{WEIGHTS} is missing or broken"
+    tables = ["predictions"] * bool(metrics) + ["history"] * (summary["best_epoch"] is not None)
+    for name in (*tables, *summary["artifacts"]):
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            return f"{path.name} is missing"
+        lines = _lines(path)
+        written = summary.get("lines", {}).get(name, lines)
+        if not lines or lines != written:
+            return f"{path.name} is broken: it has {lines} lines, and was written with {written}"
+    return None
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n")

@@ -1,65 +1,49 @@
-"""A comparison as tables for people: on a terminal, in Markdown, LaTeX, HTML, CSV or JSON."""
+"""A comparison as tables for people: rows of text, and what must be said of them."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import pandas as pd
+from dataclasses import dataclass
 
 from .comparison import PRIMARY, Comparison, Row
 from .contract import PublishedResult
-from .errors import InputError, unknown
+from .errors import InputError
 from .plugins import Plugins
-from .runs import finite
-from .statistics import DRAWS
+from .statistics import DRAWS, FEWEST_VIDEOS, Difference
 from .tables import Best, Rows
 
-NOT_A_GAP = "–"
-KINDS = {"paper": "the paper", "upstream": "upstream's table", "re-run": "independent re-runs"}
+NOTHING = "–"
+BEST = "The best mean of a metric is bold"
+LOWER = "A lower MAE is better, everything else higher."
+KINDS = {"paper": "papers", "upstream": "upstream's table", "re-run": "independent re-runs"}
 _OWN_COLUMN = {"text encoder", "tuned for", "data"}
 """keys of the protocol that a table has a column for"""
+_UNSAID = {"there are none"}
+"""values of the protocol that say nothing"""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text by column, with what must be said of them."""
+    """Rows of text by column, with what must be said of them, a sentence each."""
 
     title: str
     rows: Rows
-    caption: str
+    notes: list[str]
 
 
 def tables_of(comparison: Comparison, published: Sequence[PublishedResult] = ()) -> list[Table]:
-    """Return the results, the differences from the reference and, if there are any, the published figures."""
+    """Return the results and, where known: differences from the reference, what hooks add, published figures."""
     tables = [_results(comparison)]
     if comparison.differences:
         tables.append(_differences(comparison))
+    if comparison.effects:
+        tables.append(_effects(comparison))
     if published and (beside := _published(comparison, published)).rows:
         tables.append(beside)
     return tables
-
-
-def render(comparison: Comparison, form: str, published: Sequence[PublishedResult] = ()) -> str:
-    """Return the tables as text.
-
-    Args:
-        comparison: the rows.
-        form: `markdown`, `latex`, `html`, `csv` or `json`; the last two have figures at full precision.
-        published: results of others to stand beside.
-
-    Raises:
-        InputError: there is no such form.
-    """
-    if form not in FORMS:
-        raise InputError(unknown("format", form, FORMS))
-    return FORMS[form](comparison, published)
 
 
 def of_interest(comparison: Comparison, results: Sequence[PublishedResult]) -> list[PublishedResult]:
@@ -78,20 +62,21 @@ def _plain(comparison: Comparison) -> list[Row]:
 
 
 def _results(comparison: Comparison) -> Table:
-    best = {name: _best([row.mean[name] for row in comparison.ok], name) for name in comparison.metrics}
+    several = [row for row in comparison.ok if len(row.runs) > 1] or comparison.ok
+    best = {name: _best([row.mean[name] for row in several], name) for name in comparison.metrics}
     rows: Rows = []
     for row in comparison.rows:
         figures = {}
         for name in comparison.metrics:
             text = _figure(row, name) if row.runs else ""
-            figures[name] = Best(text) if row.runs and row.mean[name] == best[name] else text
+            figures[name] = Best(text) if row in several and row.mean[name] == best[name] else text
         seconds = row.seconds_per_epoch
         cells = {
             "model": row.name,
             "text": row.text if row.runs else "",
             "tuned for": row.protocol.get("tuned for", ""),
             "data": row.protocol.get("data", ""),
-            "seeds": str(len(row.runs)),
+            "seeds": ranges(row.seeds),
             **figures,
             "parameters": f"{row.parameters:,}" if row.parameters is not None else "",
             "s/epoch": "" if seconds is None else f"{seconds:.2f}",
@@ -101,17 +86,50 @@ def _results(comparison: Comparison) -> Table:
     if not any(cells["note"] for cells in rows):
         for cells in rows:
             del cells["note"]
-    caption = [
-        f"Test split of {comparison.dataset}; mean ± sample standard deviation over seeds; best in bold.",
+    some = len(several) < len(comparison.ok)
+    notes = [
+        f"Test split of {comparison.dataset}: mean ± sample standard deviation over seeds"
+        + (", which are not the same in all rows." if len({*map(tuple, map(_seeds, comparison.ok))}) > 1 else "."),
+        BEST + (", of rows with more than one seed." if some else "."),
         *_protocol(comparison.ok),
-        "text: whether the text encoder was frozen or fine-tuned.",
-        "tuned for: the text encoder that the hyper-parameters were published for.",
-        "parameters: the trainable ones of the network, without heads that only training has.",
-        f"s/epoch: seconds of training an epoch, later than the first, {_where(comparison.ok)}.",
+        "Columns: text, whether the text encoder was trained with the model; tuned for, the text encoder that the "
+        "hyper-parameters were published for; parameters, those of the network that are trained, without heads that "
+        f"only training has; s/epoch, seconds of training an epoch, the first one left out, {_where(comparison.ok)}.",
+        *_in_vain(comparison.ok),
     ]
-    if comparison.reference is None and len(comparison.ok) > 1:
-        caption.append(f"No differences: the first row, {comparison.rows[0].name}, has no finished run.")
-    return Table(f"results on {comparison.dataset}", rows, " ".join(caption))
+    if comparison.reference is None and comparison.ok:
+        notes.append(f"No differences: the first row, {comparison.rows[0].name}, has no finished run.")
+    return Table(f"results on {comparison.dataset}", rows, notes)
+
+
+def _seeds(row: Row) -> list[int]:
+    return row.seeds
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return numbers as text, with those that follow one another as a range.
+
+    >>> ranges([1111, 1112, 1113, 7])
+    '7, 1111-1113'
+    """
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _in_vain(rows: Sequence[Row]) -> list[str]:
+    """Return a note on the rows whose generated labels did nothing yet at the chosen epoch."""
+    found = {row.name: row.generated_in_vain for row in rows if row.generated_in_vain}
+    if not found:
+        return []
+    of_rows = [f"{name} (seed {ranges([run.settings['seed'] for run in runs])})" for name, runs in found.items()]
+    return [
+        f"No generated label had moved before the chosen epoch, which has seen human labels only: {', '.join(of_rows)}."
+    ]
 
 
 def _where(rows: Sequence[Row]) -> str:
@@ -147,45 +165,81 @@ def _protocol(rows: Sequence[Row]) -> list[str]:
             value = row.protocol.get(key, "none")
             value = value.removesuffix(f", {row.text}") if key == "text encoder" else value  # that has a column
             by_value.setdefault(value, []).append(row.name)
-        if by_value.keys() == {"none"}:
+        if by_value.keys() <= {"none", *_UNSAID}:
             continue
         most = max(by_value, key=lambda value: len(by_value[value]))
-        others = [f"{value} for {', '.join(names)}" for value, names in by_value.items() if value != most]
-        sentences.append(f"{key}: {most}{', but ' if others else ''}{'; '.join(others)}.")
+        said = [f"{value} for {', '.join(names)}" for value, names in by_value.items() if value != most]
+        said.append(f"{most} for all others" if said else most)
+        sentences.append(f"{key[0].upper()}{key[1:]}: {'; '.join(said)}.")
     return sentences
 
 
 def _differences(comparison: Comparison) -> Table:
     reference = comparison.reference
     assert reference is not None
-    rows: Rows = []
-    for name, difference in comparison.differences.items():
-        cells = {
-            metric: "undefined"
-            if math.isnan(difference.mean[metric])
-            else f"{difference.mean[metric]:+.4f} [{difference.low[metric]:+.4f}, {difference.high[metric]:+.4f}]"
-            for metric in comparison.metrics
-        }
-        rows.append({"model": name, PRIMARY: cells.pop(PRIMARY), "p": _p_value(difference.p_mae), **cells})
+    rows: Rows = [{"model": name, **_compared(comparison, found)} for name, found in comparison.differences.items()]
+    notes = [
+        f"Row minus {reference.name} on the test split.",
+        LOWER,
+        *_method(comparison, comparison.differences, dict.fromkeys(comparison.differences, reference.name)),
+    ]
+    return Table(f"differences from {reference.name}", rows, notes)
+
+
+def _effects(comparison: Comparison) -> Table:
+    rows: Rows = [
+        {"model": f"{name} − {comparison.pairs[name]}", **_compared(comparison, found)}
+        for name, found in comparison.effects.items()
+    ]
+    hooks = [hook for hook in comparison.controls if any(hook in _hooks_of(name) for name in comparison.pairs)]
+    said = [f"{hook}: the same model with {comparison.controls[hook]} in its place" for hook in hooks]
+    notes = [
+        f"Model minus its control on the test split ({'; '.join(said)}).",
+        LOWER,
+        *_method(comparison, comparison.effects, comparison.pairs),
+    ]
+    return Table(f"what {' and '.join(hooks)} {'adds' if len(hooks) == 1 else 'add'}", rows, notes)
+
+
+def _hooks_of(name: str) -> list[str]:
+    return name.partition(":")[0].split("+")[1:]
+
+
+def _compared(comparison: Comparison, difference: Difference) -> dict[str, str]:
+    """Return the cells of a difference, its p-value behind that of MAE."""
+    cells: dict[str, str] = {}
+    for metric in comparison.metrics:
+        mean, low, high = (values[metric] for values in (difference.mean, difference.low, difference.high))
+        interval = "" if math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]"
+        cells[metric] = "undefined" if math.isnan(mean) else f"{mean:+.4f}{interval}"
+        if metric == PRIMARY:
+            cells["p"] = _p_value(difference.p_mae)
+    return cells
+
+
+def _method(comparison: Comparison, found: Mapping[str, Difference], references: Mapping[str, str]) -> list[str]:
+    """Return how differences were judged, and which could not be."""
     clips, videos = len(comparison.videos), len(set(comparison.videos))
-    single = [row.name for row in comparison.ok if len(row.runs) == 1]
-    caption = (
-        f"Row minus {reference.name} on the test split, over seeds; a lower MAE is better, everything else higher. "
-        f"In brackets 95 % intervals of {DRAWS:,} bootstrap draws that resample "
-        + (
-            f"the {_count(videos, 'video')} of {clips} clips (clips of a video belong together)"
-            if videos < clips
-            else f"the {clips} clips (the data does not tell their videos)"
-        )
-        + " and, for each model on its own, its seeds. p: two-sided, for MAE alone, Holm-corrected over "
-        + f"{_count(len(rows), 'row')}; the other metrics have intervals only."
-        + (f" One seed only, so that its spread is unknown: {', '.join(single)}." if single else "")
-    )
-    return Table(f"differences from {reference.name}", rows, caption)
+    drawn = f"the {clips} clips (the data does not tell their videos)"
+    if videos < clips:
+        drawn = f"the {_count(videos, 'video')} of {clips} clips (clips of a video belong together)"
+    if videos < FEWEST_VIDEOS:
+        return [f"No intervals and no p: the test split has {_count(videos, 'video')}, fewer than {FEWEST_VIDEOS}."]
+    judged = sum(not math.isnan(difference.p_mae) for difference in found.values())
+    notes = [
+        f"In brackets 95 % intervals of {DRAWS:,} bootstrap draws that resample {drawn} and, for each model on its "
+        "own, its seeds.",
+        f"p: two-sided, for MAE alone, Holm-corrected over {_count(judged, 'row')}; other metrics have intervals only.",
+    ]
+    seeds = {row.name: len(row.runs) for row in comparison.ok}
+    single = dict.fromkeys(name for pair in references.items() for name in pair if seeds[name] == 1)
+    if single:
+        notes.append(f"One seed only, so that an interval leaves training out and there is no p: {', '.join(single)}.")
+    return notes
 
 
 def _p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return NOTHING if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _count(number: int, what: str) -> str:
@@ -209,20 +263,21 @@ def _published(comparison: Comparison, results: Sequence[PublishedResult]) -> Ta
                 cells[header] = "; ".join(_cited(result, name, numbers) for result in found)
                 gap += [_gap(row, result, name, numbers) for result in found if _agree(row, result)]
             cells["here"] = _figure(row, name)
-            cells["gap"] = "; ".join(filter(None, gap)) or NOT_A_GAP
-            gaps |= cells["gap"] != NOT_A_GAP
+            cells["gap"] = "; ".join(filter(None, gap)) or NOTHING
+            gaps |= cells["gap"] != NOTHING
             rows.append(cells)
-    listed = [f"[{number}] {source}" for (source, _), number in numbers.items()]
-    notes = _notes(results, numbers)
-    caption = (
-        f"Published figures on {comparison.dataset} beside those here. "
+    notes = [
+        f"Published figures on {comparison.dataset} beside those here.",
         "gap: here minus published in standard errors of the means, from two seeds on, and only for a model as it "
         "was published, whose data setting, text encoder and metric's definition are known and the same"
         f"{'' if gaps else ': there is none here'}; a published spread, or number of seeds, that is not known counts "
-        "as no error. † marks second-hand figures. "
-        f"Sources: {'; '.join(listed)}." + (f" Notes: {'; '.join(notes)}." if notes else "")
-    )
-    return Table("published results", rows, caption)
+        "as no error.",
+    ]
+    if any(result.second_hand for result in results):
+        notes.append("† marks second-hand figures.")
+    notes += [f"[{number}] {source.rstrip('.')}." for (source, _), number in numbers.items()]
+    notes += [f"On {note.rstrip('.')}." for note in _notes(results, numbers)]
+    return Table("published results", rows, notes)
 
 
 def _notes(results: Sequence[PublishedResult], numbers: Mapping[tuple[str, bool], int]) -> list[str]:
@@ -269,108 +324,3 @@ def _gap(row: Row, result: PublishedResult, name: str, numbers: Mapping[tuple[st
         return ""
     gap = (row.mean[name] - result.metrics[name]) / variance**0.5
     return f"{gap:+.1f} [{numbers[result.source, result.second_hand]}]"
-
-
-# --- how they are written
-
-
-def _markdown(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    def cell(text: str) -> str:
-        escaped = text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
-        return f"**{escaped}**" if isinstance(text, Best) else escaped
-
-    parts = []
-    for table in tables_of(comparison, published):
-        columns = list(table.rows[0])
-        lines = [line(columns), line(["---"] * len(columns))]
-        lines += [line([cell(row[column]) for column in columns]) for row in table.rows]
-        parts.append(f"**{table.title}**\n\n" + "\n".join(lines) + f"\n\n{cell(table.caption)}\n")
-    return "\n".join(parts)
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"},
-    **{"±": r"$\pm$", "–": "--", "†": r"$\dagger$", "≥": r"$\ge$", "≤": r"$\le$", "[": "{[}", "|": r"\textbar{}"},
-    **{"−": "$-$", "…": r"\ldots{}", "²": "$^2$", "³": "$^3$"},
-}
-
-
-def _latex(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
-    def cell(text: str) -> str:
-        escaped = "".join(_LATEX.get(character, character) for character in text.replace("--", "-\0-"))
-        escaped = escaped.replace("\0", "{}")  # or two hyphens would become a dash
-        return f"\\textbf{{{escaped}}}" if isinstance(text, Best) else escaped
-
-    parts = ["% needs \\usepackage{booktabs}"]
-    for table in tables_of(comparison, published):
-        frame = pd.DataFrame([{cell(k): cell(v) for k, v in row.items()} for row in table.rows])
-        label = "tab:" + "-".join("".join(c if c.isalnum() else " " for c in table.title).split())
-        text = frame.to_latex(index=False, escape=False, caption=cell(table.caption), label=label, position="t")
-        text = text.replace("\\begin{tabular}", "\\scriptsize\n\\setlength{\\tabcolsep}{3pt}\n\\begin{tabular}")
-        parts.append(text)
-    if not all(part.isascii() for part in parts):
-        parts.insert(1, "% has letters beyond ASCII: compile with xelatex or lualatex")
-    return "\n".join(parts)
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.87rem; }
-th { text-align: left; border-bottom: 2px solid #1a1a1a; } td { border-bottom: 1px solid #ddd; }
-th, td { padding: 0.3rem 0.7rem; vertical-align: top; white-space: nowrap; } td:last-child { white-space: normal; }
-p { max-width: 60rem; color: #444; }
-"""
-
-
-def _html(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
-    def cell(text: str) -> str:
-        return f"<b>{html.escape(text)}</b>" if isinstance(text, Best) else html.escape(text)
-
-    title = html.escape(f"Models on {comparison.dataset}")
-    parts = [
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',
-        f"<h1>{title}</h1>",
-    ]
-    for table in tables_of(comparison, published):
-        frame = pd.DataFrame([{cell(k): cell(v) for k, v in row.items()} for row in table.rows])
-        parts.append(f"<h2>{html.escape(table.title)}</h2>")
-        parts.append(f"<div>{frame.to_html(index=False, escape=False, border=0)}</div>")
-        parts.append(f"<p>{html.escape(table.caption)}</p>")
-    return "\n".join([*parts, "</html>"]) + "\n"
-
-
-def _csv(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
-    frame = comparison.frame()
-    if published:
-        rows = [
-            {"source": r.source, "model": r.model, "data": r.data_setting, "seeds": r.seeds, "note": r.note}
-            | dict(r.metrics)
-            | {f"{name} sd": spread for name, spread in r.std.items()}
-            for r in published
-        ]
-        frame = pd.concat([frame.assign(source="this comparison"), pd.DataFrame(rows)])
-        frame = frame[["source", *(column for column in frame if column != "source")]]
-    return frame.to_csv(index=False)
-
-
-def _json(comparison: Comparison, published: Sequence[PublishedResult]) -> str:
-    rows: list[dict[str, Any]] = comparison.to_json()
-    for row, of_row in zip(comparison.rows, rows, strict=True):
-        if published:
-            of_row["published"] = [asdict(result) for result in published if result.model == row.model]
-    return json.dumps(finite(rows), indent=2, allow_nan=False) + "\n"
-
-
-FORMS: dict[str, Callable[[Comparison, Sequence[PublishedResult]], str]] = {
-    "markdown": _markdown,
-    "latex": _latex,
-    "html": _html,
-    "csv": _csv,
-    "json": _json,
-}

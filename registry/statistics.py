@@ -5,6 +5,7 @@ Clips of one video resemble each other and a model's seeds differ, so both are r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from .metrics import SIMS_EDGES, correlation, interval, vectors
 
 DRAWS = 10_000
 _FEWEST_DRAWS = 100
+FEWEST_VIDEOS = 10
+"""With fewer there is no interval and no p-value: what is drawn says too little of what else might have been tested."""
 _CHUNK = 1000
 """Draws computed at once, which bounds memory."""
 _ROUNDING = 1e-12
@@ -29,7 +32,10 @@ _Term = tuple[tuple[str, ...], Callable[..., list[np.ndarray]], list[Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """A model minus the reference, by metric; `low` to `high` is the 95 % interval, `p_mae` is Holm-corrected."""
+    """A model minus its reference, by metric; `low` to `high` is the 95 % interval, `p_mae` is Holm-corrected.
+
+    An interval is NaN with fewer than 10 videos, a p-value also where either side has a single seed.
+    """
 
     mean: dict[str, float]
     low: dict[str, float]
@@ -52,37 +58,40 @@ def compare_predictions(
     videos: Sequence[str],
     family: Literal["mosi", "sims"],
     *,
-    reference: str,
+    reference: str | Mapping[str, str],
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Return how every other model differs from the reference, by a paired bootstrap over videos and seeds.
+    """Return how models differ from a reference, by a paired bootstrap over videos and seeds.
 
     A draw takes as many videos as there are, with replacement and the same ones for all models, and likewise seeds,
     for each model on its own. A model's figure is its metric on the clips drawn, as a mean over the seeds drawn. The
-    intervals are percentiles of the differences. A two-sided p-value says whether the MAE differs, corrected for the
-    number of rows by Holm's step-down procedure; nothing else about a row depends on the other rows. With one video
-    an interval leaves the choice of videos out; with one seed it leaves training out, and holds for that seed only.
+    intervals are percentiles of the differences. A two-sided p-value says whether the MAE differs, corrected for their
+    number by Holm's step-down procedure; nothing else about a model depends on the others. With one seed an interval
+    leaves training out, and holds for that seed only.
 
     Args:
         truth: (N) labels.
         predictions: (S, N) predictions by model, where S, the number of seeds, may differ.
         videos: (N) names of the clips' videos.
         family: whose definitions of the metrics, as for `regression`.
-        reference: the model that the others are compared with.
+        reference: the model that all others are compared with, or by model the one that it is compared with.
         draws: of the bootstrap, at least 100; no p-value is below 2 / (draws + 1).
         seed: of the bootstrap.
 
     Returns:
-        Difference by model, for all but the reference, of `regression`'s metrics. An interval leaves out the draws in
+        Difference by model that has a reference, of `regression`'s metrics. An interval leaves out the draws in
         which its metric is undefined (`Non0_*` where every label drawn is 0), and is NaN if all are.
 
     Raises:
         InputError: predictions or videos of another length, a value that is not finite, no such reference, a model
             without seeds, an unknown family, or too few draws.
     """
-    if reference not in predictions:
-        raise InputError(unknown("reference", reference, predictions))
+    given = dict.fromkeys((reference, *predictions), reference) if isinstance(reference, str) else reference
+    for name in (name for pair in given.items() for name in pair):
+        if name not in predictions:
+            raise InputError(unknown("reference", name, predictions))
+    references = {name: other for name, other in given.items() if name != other}
     if draws < _FEWEST_DRAWS:
         raise InputError(f"a bootstrap needs at least {_FEWEST_DRAWS} draws, got {draws}")
     models = {name: _VideoSums(*_checked(name, rows, truth, videos), family) for name, rows in predictions.items()}
@@ -93,14 +102,21 @@ def compare_predictions(
     # a row, or it another name.
     rngs = {name: np.random.default_rng([seed, crc32(model.pred.tobytes())]) for name, model in models.items()}
     drawn = {name: model.resampled(weights, rngs[name]) for name, model in models.items()}
-    names = models[reference].names
-    changes = {name: _minus(drawn[name], drawn[reference]) for name in models if name != reference}
-    p_values = _holm([_two_sided(change[names.index("MAE")]) for change in changes.values()])
+    names = next(iter(models.values())).names
+    changes = {name: _minus(drawn[name], drawn[other]) for name, other in references.items()}
+    if number < FEWEST_VIDEOS:
+        changes = {name: np.full_like(change, np.nan) for name, change in changes.items()}
+    p_values = {
+        name: _two_sided(changes[name][names.index("MAE")])
+        for name, other in references.items()
+        if number >= FEWEST_VIDEOS and min(len(models[name].pred), len(models[other].pred)) > 1
+    }
+    corrected = dict(zip(p_values, _holm([*p_values.values()]), strict=True))
     found = {}
-    for (name, change), p_mae in zip(changes.items(), p_values, strict=True):
-        rows = (_minus(means[name], means[reference]), *np.transpose([_percentiles(values) for values in change]))
+    for name, other in references.items():
+        rows = (_minus(means[name], means[other]), *np.transpose([_percentiles(values) for values in changes[name]]))
         mean, low, high = (dict(zip(names, row.tolist(), strict=True)) for row in rows)
-        found[name] = Difference(mean, low, high, p_mae)
+        found[name] = Difference(mean, low, high, corrected.get(name, math.nan))
     return found
 
 

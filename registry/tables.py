@@ -46,7 +46,7 @@ def artifact_tables(result: Result, most_rows: int) -> dict[str, Rows]:
     """Return the small tables of the best epoch that hooks saved with the runs, averaged over seeds."""
     runs = [load_run(run.folder) for run in result.ok if run.folder]
     tables: dict[str, Rows] = {}
-    for name in dict.fromkeys(name for run in runs for name in run.summary.get("artifacts", [])):
+    for name in dict.fromkeys(name for run in runs for name in run.summary["artifacts"]):
         found = [run.table(name) for run in runs if name in run.summary["artifacts"]]
         if {"id", "epoch"} & {*found[0]} or max(len(table) for table in found) > most_rows:
             continue

@@ -62,6 +62,13 @@ class Watcher:
     def epoch(self, record: Epoch) -> None:
         """An epoch is trained and validated."""
 
+    def beside(self, name: str) -> Watcher:
+        """Return what is told of one of several models that are trained at once."""
+        return self
+
+    def end(self) -> None:
+        """The model's last seed is done."""
+
 
 def _warn(text: str) -> None:
     """Warn each time, not once a process, and without a line of this source."""
@@ -101,11 +108,10 @@ def _text_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
     return {parameter: None for encoder in encoders for parameter in encoder.parameters()}
 
 
-def tunes_text(model: nn.Module, config: Any) -> bool:
-    """Whether training moves a text encoder of the model."""
-    pretrained = _text_parameters(model)
-    moving = [group for group in make_optimizer(model, [], config).param_groups if group["lr"] > 0]
-    return any(parameter in pretrained for group in moving for parameter in group["params"])
+def text_sums(model: nn.Module) -> Tensor:
+    """Return the sum of each tensor of a model's text encoders: training has moved them where the sums differ."""
+    sums = [parameter.detach().double().sum() for parameter in _text_parameters(model)]
+    return torch.stack(sums) if sums else torch.empty(0)
 
 
 def train(

@@ -54,6 +54,7 @@ ULGM = HookSpec(
     summary="unimodal heads on a model's modality features, trained on labels that it generates",
     build=UlgmHook,
     config=UlgmConfig,
+    control="heads",
 )
 
 HEADS = HookSpec(

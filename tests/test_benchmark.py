@@ -193,7 +193,7 @@ def test_an_exception_of_one_seed_leaves_the_others(quick, tmp_path):
     assert [run.status for run in result.runs] == ["ok", "failed", "ok"]
     assert failed.reason == "ValueError: boom here\udce9"
     log = (result.folder / "2.failed.log").read_text()
-    assert log.startswith("epoch   1  train loss")
+    assert log.startswith("ValueError: boom here?\nepoch   1  train loss")
     assert f'File "{file}", line' in log
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from io import StringIO
@@ -17,7 +23,8 @@ import pytest
 import registry
 from registry import BenchmarkError, Comparison, InputError, PublishedResult
 from registry.comparison import collect
-from registry.side_by_side import of_interest, render, tables_of
+from registry.forms import render
+from registry.side_by_side import of_interest, ranges, tables_of
 from registry.statistics import compare_predictions
 from registry.tables import Best
 from registry.training import Watcher
@@ -94,6 +101,16 @@ class Told(Watcher):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.seeds: list[int] = []
+        self.epochs: list[tuple[str, int, int]] = []
+        self.name = ""
+
+    def beside(self, name):
+        of_model = copy.copy(self)  # with the same lists
+        of_model.name = name
+        return of_model
+
+    def epoch(self, record):
+        self.epochs.append((self.name, self.seed, record.epoch))
 
     def note(self, text):
         self.notes.append(text)
@@ -102,6 +119,7 @@ class Told(Watcher):
         pass
 
     def start(self, seed, number, config):
+        self.seed = seed
         self.seeds.append(seed)
 
 
@@ -182,6 +200,7 @@ def test_nothing_that_can_be_trained(compare):
         (["mean:learning_rat=1"], {}, "unknown key 'learning_rat'"),
         (["mean:fast"], {}, "takes KEY=VALUE, got 'fast'"),
         (["mean+heads+ulgm"], {}, "cannot"),
+        (["all:batch_size=2"], {}, "all takes no settings and no hooks"),
         (["mean"], {"preset": "papr"}, "unknown preset 'papr', did you mean 'paper'"),
         (["mean"], {"seeds": ()}, "seeds must be"),
     ],
@@ -228,9 +247,16 @@ def test_any_failure_of_a_model_is_its_row(compare, monkeypatch):
     monkeypatch.setattr(comparison, "run_model", run)
     made = compare(["mean", "plain"], seeds=(1,))
     assert made.rows[0].note == "failed: MemoryError: no room for it"
-    assert "No differences: the first row, mean, has no finished run." not in tables_of(made)[0].caption
-    made = compare(["mean", "plain", "mean:batch_size=2", "plain:batch_size=2"], seeds=(1,))
-    assert "No differences: the first row, mean, has no finished run." in tables_of(made)[0].caption
+    assert tables_of(made)[0].notes[-1] == "No differences: the first row, mean, has no finished run."
+
+
+def test_one_reason_of_several_models_is_said_once(compare, tmp_path):
+    told = Told()
+    data = tmp_path / "broken.pkl"
+    data.write_bytes(b"no pickle")
+    with pytest.raises(InputError, match=r"no model could be trained: .*broken\.pkl"):
+        compare(["mean", "plain"], told=told, data=data)
+    assert told.notes[1:] == ["plain failed as mean did"]
 
 
 def test_a_preset_goes_to_the_models_that_have_it(compare):
@@ -267,7 +293,9 @@ def test_several_at_once_are_the_same_rows(compare, tmp_path):
     assert [row.note for row in rows][1] == "1 of 2 seeds failed: RuntimeError: it broke"
     assert rows[2].reason.startswith("human needs labels 'T'")
     assert any(note.startswith("human failed: human needs labels 'T'") for note in told.notes)
-    assert told.seeds == []
+    assert sorted(told.seeds) == [1, 1, 1, 2, 2, 2]
+    assert ("mean", 2, 2) in told.epochs  # model, seed, epoch
+    told.seeds.clear()
     again = compare(["mean", "mean+heads"], told=told)
     assert [row.mean for row in again.rows] == [rows[0].mean, rows[3].mean]
     assert told.seeds == []  # they were found
@@ -279,6 +307,53 @@ def test_a_process_that_dies_is_its_row(compare):
     except BenchmarkError as error:  # it took the other one with it
         note = str(error)
     assert "was killed: run the same again with fewer jobs" in note
+
+
+SCRIPT = """
+import registry, sys
+if __name__ == "__main__":
+    registry.compare(
+        ["slow", "mean"], "custom", data=sys.argv[1], label_range=3.0, runs=sys.argv[2], plugins=[sys.argv[3]], jobs=2,
+        device="cpu",
+    )
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_one_that_started_it(tmp_path, plugin, sign):
+    source = Path(plugin).read_text() + spelled(SLOW)
+    (tmp_path / "slow.py").write_text(source)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    given = [feature_file(tmp_path, sizes=SIZES), tmp_path / "runs", tmp_path / "slow.py"]
+    parent = subprocess.Popen([sys.executable, "script.py", *map(str, given)], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    mark = tmp_path / "pid"
+    until(lambda: mark.exists() and mark.read_text())
+    worker = Path(f"/proc/{mark.read_text()}")
+    assert worker.exists()
+    parent.send_signal(sign)
+    parent.wait(timeout=30)
+    until(lambda: not worker.exists())
+    assert not list((tmp_path / "runs").rglob(".*.*"))  # nothing half-written
+
+
+SLOW = """
+class Slow(Mean):
+    def forward(self, batch):
+        import os, pathlib, time
+        (pathlib.Path(__file__).parent / "pid").write_text(str(os.getpid()))
+        time.sleep(0.1)
+        return super().forward(batch)
+
+
+register_model("slow", summary="takes its time", needs=("audio",))(Slow)
+"""
+
+
+def until(holds) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_no_jobs_at_all(compare):
@@ -312,8 +387,9 @@ def test_differences_are_the_statistics_of_the_predictions(compare):
 
 def test_the_caption_counts_videos_and_rows(compare):
     rows = tables_of(compare(["mean", "plain"]))[1]
-    assert "resample the 12 clips (the data does not tell their videos)" in rows.caption  # ids are all test$_$N
-    assert "Holm-corrected over 1 row;" in rows.caption
+    caption = " ".join(rows.notes)
+    assert "resample the 12 clips (the data does not tell their videos)" in caption  # ids are all test$_$N
+    assert "Holm-corrected over 1 row;" in caption
     assert [row["model"] for row in rows.rows] == ["plain"]
 
 
@@ -327,21 +403,85 @@ def comparison(tmp_path_factory, plugin) -> Comparison:
 
 def test_the_best_is_marked(comparison):
     rows = tables_of(comparison)[0].rows
-    means = [row.mean for row in comparison.rows]
+    means = [row.mean for row in comparison.rows[:2]]  # the third has one seed only
     for metric, best in (("MAE", min), ("Corr", max), ("Mult_acc_7", max)):
         wanted = best(mean[metric] for mean in means)
-        assert [isinstance(row[metric], Best) for row in rows] == [mean[metric] == wanted for mean in means]
+        assert [isinstance(row[metric], Best) for row in rows] == [*(mean[metric] == wanted for mean in means), False]
 
 
 def test_captions_say_the_protocol(comparison):
-    caption = tables_of(comparison)[0].caption
-    for part in (
-        "mean ± sample standard deviation over seeds",
-        "selection: the epoch with the lowest validation MAE; test is read once",
-        "changed settings: batch_size=4, epochs=2, but learning_rate=0.5, batch_size=4, epochs=2 for mean:learning",
-        "labels: within ±3",
+    notes = tables_of(comparison)[0].notes
+    for note in (
+        "Test split of custom: mean ± sample standard deviation over seeds, which are not the same in all rows.",
+        "The best mean of a metric is bold, of rows with more than one seed.",
+        "Selection: the epoch with the lowest validation MAE; test is read once.",
+        "Changed settings: learning_rate=0.5, batch_size=4, epochs=2 for mean:learning_rate=0.5; batch_size=4, epochs=2 "
+        "for all others.",
+        "Labels: within ±3.",
     ):
-        assert part in caption, part
+        assert note in notes
+    assert not any("there are none" in note for note in notes)
+    assert [row["seeds"] for row in tables_of(comparison)[0].rows] == ["1-2", "1-2", "1"]
+    caption = " ".join(tables_of(comparison)[1].notes)
+    assert "One seed only, so that an interval leaves training out and there is no p: half_bad." in caption
+    assert [row["p"] == "–" for row in tables_of(comparison)[1].rows] == [False, True]
+
+
+def test_ranges_of_seeds():
+    assert [ranges(seeds) for seeds in ([], [5], [3, 1, 2], [1, 3, 4, 9])] == ["", "5", "1-3", "1, 3-4, 9"]
+
+
+def test_few_clips_have_no_intervals(compare, tmp_path):
+    few = feature_file(tmp_path, name="few.pkl", sizes={"train": 8, "valid": 4, "test": 9})
+    table = tables_of(compare(["mean", "plain"], data=few))[1]
+    assert table.notes[-1] == "No intervals and no p: the test split has 9 videos, fewer than 10."
+    assert [(row["p"], "[" in row["MAE"]) for row in table.rows] == [("–", False)]
+
+
+def test_metrics_that_are_chosen(compare):
+    made = compare(["mean", "plain"], metrics=["Non0_acc_2", "Corr"])
+    assert made.metrics == ["MAE", "Non0_acc_2", "Corr"]
+    assert list(tables_of(made)[1].rows[0]) == ["model", "MAE", "p", "Non0_acc_2", "Corr"]
+    assert "Mult_acc_7" not in made.frame()
+    with pytest.raises(InputError, match="unknown metric 'F1_score', did you mean 'Non0_F1_score'"):
+        compare(["mean"], metrics=["F1_score"])
+
+
+# --- what a hook adds
+
+
+def test_what_a_hook_adds_is_measured_against_its_control(compare):
+    made = compare(["mean", "mean+heads", "mean+ulgm", "mean+ulgm:batch_size=2"], config={"epochs": 3})
+    assert made.pairs == {"mean+ulgm": "mean+heads"}
+    tables = {row.name: np.stack([run.predictions["prediction"] for run in row.runs]) for row in made.rows}
+    truth = made.rows[0].runs[0].predictions
+    expected = compare_predictions(
+        truth["label"], tables, list(truth["id"]), "mosi", reference={"mean+ulgm": "mean+heads"}
+    )
+    assert made.effects == expected
+    table = tables_of(made)[2]
+    assert table.title == "what ulgm adds"
+    assert [row["model"] for row in table.rows] == ["mean+ulgm − mean+heads"]
+    assert table.notes[0] == (
+        "Model minus its control on the test split (ulgm: the same model with heads in its place)."
+    )
+    effect = json.loads(render(made, "json"))[2]["effect"]
+    assert (effect["control"], effect["p_mae"]) == ("mean+heads", made.effects["mean+ulgm"].p_mae)
+    assert made.frame()["MAE effect"].notna().tolist() == [False, False, True, False]
+
+
+def test_a_chosen_epoch_that_no_generated_label_had_reached(compare):
+    told = Told()
+    made = compare(["mean", "mean+ulgm"], told=told)  # 2 epochs: labels move in the second one
+    assert [run.settings["seed"] for run in made.rows[1].generated_in_vain] == [1, 2]
+    assert any(note.endswith("no generated one had moved before it") for note in told.notes)
+    note = (
+        "No generated label had moved before the chosen epoch, which has seen human labels only: mean+ulgm (seed 1-2)."
+    )
+    assert note in tables_of(made)[0].notes
+    later = compare(["mean+ulgm"], config={"epochs": 4, "learning_rate": 0.01}, seeds=(1,))
+    assert later.rows[0].runs[0].best_epoch > 2
+    assert later.rows[0].generated_in_vain == []
 
 
 def test_markdown(comparison):
@@ -353,17 +493,41 @@ def test_markdown(comparison):
 
 
 def test_latex(comparison):
-    text = render(comparison, "latex")
-    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
-        assert text.count(rule) == 2
+    text = render(comparison, "latex", name="my table")
+    assert text.count("\\begin{table}") == text.count("\\end{table}") == 2
+    assert re.findall(r"\\label\{(.*)\}", text) == [
+        "tab:my-table-results-on-custom",
+        "tab:my-table-differences-from-mean",
+    ]
     bare = re.sub(r"\\[\\{}&%$#_]", "", text)
     assert bare.count("{") == bare.count("}")
     assert not re.search(r"(?<!\\)[#%](?! needs)", text.replace("% needs", ""))
     assert not re.findall(r"(?<!\\)_", text)
+    assert not re.search(r"[\s{\[]-\d", text)  # a minus is set as one
     assert text.isascii()
-    body = text[text.index("\\midrule") : text.index("\\bottomrule")]
-    columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1])
-    assert {line.count(" & ") for line in body.splitlines() if line.endswith("\\\\")} == {columns - 1}
+    for tabular in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", text, re.S):
+        columns = len(re.sub(r"p\{.*?\}\}?", "p", re.search(r"\{tabular\}\{(.*)\}\n", tabular)[1]))
+        assert {line.count(" & ") for line in tabular.splitlines() if line.endswith("\\\\")} == {columns - 1}
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles_within_the_text_s_width(comparison, tmp_path):
+    published = [result(source="somebody's paper", second_hand=True, note="ten seeds, 50 % more")]
+    tables = render(comparison, "latex", published)
+    source = f"\\documentclass{{article}}\n\\usepackage{{booktabs}}\n\\begin{{document}}\n{tables}\n\\end{{document}}"
+    (tmp_path / "table.tex").write_text(source)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout.decode("utf-8", "replace")[-2000:]
+    assert not re.findall(r"Overfull \\hbox.*", (tmp_path / "table.log").read_text("latin-1"))
+
+
+def test_a_wide_table_is_split_and_a_long_one_fills_several_floats(comparison):
+    rows = [*comparison.rows, *(replace(comparison.rows[0], name=f"row {number}") for number in range(30))]
+    text = render(replace(comparison, rows=rows), "latex")
+    floats = text.split("\\begin{table}")[1:]
+    assert [("continued" in part, part.count("\\toprule")) for part in floats[:2]] == [(False, 1), (True, 1)]
+    assert text.count("\\label{tab:results-on-custom}") == 1
 
 
 def test_html(comparison):
@@ -398,9 +562,10 @@ def test_csv_has_every_figure_in_full(comparison):
     table = pd.read_csv(StringIO(render(comparison, "csv")))
     assert list(table["model"]) == ["mean", "mean:learning_rate=0.5", "half_bad"]
     assert table["MAE"][1] == pytest.approx(comparison.rows[1].mean["MAE"], abs=1e-12)
-    assert table["MAE low"][1] <= table["MAE difference"][1] <= table["MAE high"][1]
-    assert table["MAE p"][1] == pytest.approx(comparison.differences["mean:learning_rate=0.5"].p_mae)
+    assert table["MAE difference low"][1] <= table["MAE difference"][1] <= table["MAE difference high"][1]
+    assert table["MAE difference p"][1] == pytest.approx(comparison.differences["mean:learning_rate=0.5"].p_mae)
     assert list(table["seeds"]) == [2, 2, 1]
+    assert list(table["which seeds"]) == ["1,2", "1,2", "1"]
 
 
 def test_json_is_a_list_of_results(comparison):
@@ -442,11 +607,10 @@ def test_published_figures_name_their_sources(comparison):
     repeated = result(source="somebody", kind="re-run", std={"MAE": 0.01}, note="ten seeds")
     table = tables_of(comparison, [of_paper, result(), repeated])[-1]
     row = next(row for row in table.rows if (row["model"], row["metric"]) == ("mean", "MAE"))
-    assert row["the paper"] == "0.9000† [1]"
+    assert row["papers"] == "0.9000† [1]"
     assert row["upstream's table"] == "1.0000 [2]"
     assert row["independent re-runs"] == "1.0000 ± 0.0100 [3]"
-    assert "[1] a paper; [2] a table; [3] somebody" in table.caption
-    assert "[3]: ten seeds" in table.caption
+    assert table.notes[-4:] == ["[1] a paper.", "[2] a table.", "[3] somebody.", "On [3]: ten seeds."]
     assert [row["metric"] for row in table.rows if row["model"] == "mean"] == ["MAE", "Corr"]
 
 
@@ -541,6 +705,72 @@ def test_collect_takes_a_reference(compare, tmp_path):
         collect([tmp_path / "runs"], reference="plein")
 
 
+def test_collect_finds_a_row_by_its_model(compare, tmp_path):
+    compare(["mean", "mean:learning_rate=0.5", "plain:batch_size=2"])
+    assert collect([tmp_path / "runs"], reference="plain").reference.name == "plain"
+    with pytest.raises(InputError, match="unknown row 'mean'"):  # two have it
+        collect([tmp_path / "runs"], reference="mean")
+
+
+def test_a_model_stands_before_the_same_with_a_hook(compare, tmp_path):
+    compare(["mean+ulgm", "mean+heads", "mean"], seeds=(1,))
+    found = collect([tmp_path / "runs"])
+    assert [row.name for row in found.rows] == ["mean", "mean+heads", "mean+ulgm"]
+    assert found.pairs == {"mean+ulgm": "mean+heads"}
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.json", "predictions.csv", "model.safetensors", "history.csv"])
+def test_a_broken_run_is_said_in_its_row(compare, tmp_path, name):
+    made = compare(["mean", "plain"])
+    file = made.rows[0].runs[0].folder / name
+    file.write_bytes(file.read_bytes()[:-9])
+    found = collect([tmp_path / "runs"])
+    row = next(row for row in found.rows if row.name == "mean")
+    assert row.note.startswith(f"1 of 2 seeds failed: {file.parent}: {name} ")
+    assert row.seeds == [2]
+    file.unlink()
+    assert f"{name} is missing" in next(row for row in collect([tmp_path / "runs"]).rows if row.name == "mean").note
+
+
+def test_a_broken_run_is_trained_again_and_that_is_said(compare):
+    first = compare(["mean"])
+    file = first.rows[0].runs[1].folder / "predictions.csv"
+    file.write_text("id,label")
+    told = Told()
+    again = compare(["mean"], told=told)
+    assert (
+        f"{file.parent} is trained again: predictions.csv is broken: it has 0 lines, and was written with 13"
+        in told.notes
+    )
+    assert told.seeds == [2]
+    assert again.rows[0].mean == first.rows[0].mean
+
+
+def test_what_failed_and_what_is_broken_is_a_row_too(compare, tmp_path):
+    compare(["half_bad", "mean"], seeds=(1,))
+    assert compare(["half_bad:batch_size=2"], seeds=(2,)).rows[0].runs == []
+    found = collect([tmp_path / "runs"])
+    notes = {row.name: row.note for row in found.rows}
+    assert list(notes)[:2] == ["half_bad:batch_size=4:epochs=2", "mean"]
+    assert [*notes.values()] == ["", "", "1 of 1 seeds failed: RuntimeError: it broke"]
+    assert list(notes)[2].startswith("half_bad:")
+    assert found.rows[2].runs == []
+    for form in ("markdown", "json", "csv", "latex", "html"):
+        assert "it broke" in render(found, form)
+
+
+def test_collect_asks_for_one_dataset_of_several(compare, tmp_path):
+    run = compare(["mean"], seeds=(1,)).rows[0].runs[0]
+    settings = json.loads((run.folder / "config.json").read_text())
+    other = shutil.copytree(run.folder, tmp_path / "runs/mean/mosei" / run.folder.parent.name / "1")
+    (other / "config.json").write_text(json.dumps({**settings, "dataset": "mosei"}))
+    with pytest.raises(InputError, match="these are runs on custom, mosei: choose one with --dataset"):
+        collect([tmp_path / "runs"])
+    assert collect([tmp_path / "runs"], dataset="mosei").rows[0].runs[0].folder == other
+    with pytest.raises(InputError, match="unknown dataset 'mosi', did you mean 'mosei'"):
+        collect([tmp_path / "runs"], dataset="mosi")
+
+
 def test_collect_refuses_other_clips(compare, tmp_path):
     compare(["mean"])
     other = feature_file(tmp_path, name="other.pkl", sizes={"train": 8, "valid": 4, "test": 6})
@@ -586,8 +816,25 @@ def test_the_command_writes_a_file(benchmark, tmp_path, plugin):
     assert "written to" in errors
     assert "| half_bad |" in target.read_text("utf-8")
     code, output, _ = benchmark("table", tmp_path / "runs", "--format", "markdown")
+    assert code == 1
+    assert "1 of 2 seeds failed: RuntimeError: it broke" in output
+
+
+def test_a_file_s_name_says_its_format(benchmark, tmp_path, plugin):
+    target = tmp_path / "table.HTML"
+    code, _, errors = benchmark("compare", "-m", "mean", *arguments(tmp_path, plugin, "--out", str(target)))
+    assert code == 0, errors
+    assert target.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_metrics_on_the_command_line(benchmark, tmp_path, plugin):
+    more = ["--metrics", "Corr, Mult_acc_7", "-f", "csv"]
+    code, output, errors = benchmark("compare", "-m", "mean,plain", *arguments(tmp_path, plugin, *more))
+    assert code == 0, errors
+    assert "Mult_acc_5" not in output
+    code, output, _ = benchmark("table", tmp_path / "runs", "--metrics", "Corr", "-f", "csv", "--reference", "plain")
     assert code == 0
-    assert "| half_bad |" in output
+    assert [line.partition(",")[0] for line in output.splitlines()] == ["model", "plain", "mean"]
 
 
 @pytest.mark.parametrize(
@@ -595,6 +842,8 @@ def test_the_command_writes_a_file(benchmark, tmp_path, plugin):
     [
         (["--format", "pdf"], "unknown format 'pdf'"),
         (["--out", "table.txt"], "--out needs --format"),
+        (["--out", "table.md", "--format", "table"], "--out needs --format"),
+        (["--metrics", "Mult_acc_3"], "unknown metric 'Mult_acc_3', did you mean"),
         (["--format", "html", "--out", "nowhere/table.html"], "in a folder that does not exist"),
         (["--set", "epochs=3"], "--epochs and --set epochs"),
         (["--with", "heads,"], "unknown hook ''"),

@@ -108,6 +108,11 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
     return model.train()
 
 
+def same_draws(like: torch.Tensor) -> torch.Tensor:
+    """Return what stands in for random numbers, which differ between devices."""
+    return torch.linspace(-1, 1, like.numel(), device=like.device).view_as(like)
+
+
 def moved(data: Batch, device: torch.device) -> Batch:
     arrays = {name: value.to(device) for name, value in vars(data).items() if isinstance(value, torch.Tensor)}
     return replace(data, **arrays, labels={task: values.to(device) for task, values in data.labels.items()})
@@ -128,6 +133,7 @@ def step_of(model: torch.nn.Module, data: Batch) -> dict[str, torch.Tensor]:
 def test_a_step_of_every_model_is_the_cpu_s(name, monkeypatch):
     """Predictions, features, losses and gradients, those of the bridge's models after their clipping to a norm."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch, "randn_like", same_draws)
     spec = Plugins().load("model", name)
     assert isinstance(spec, ModelSpec)
     still = TextEncoder.from_config({**TINY_BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})

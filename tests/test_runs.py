@@ -144,17 +144,21 @@ def test_an_id_that_looks_like_a_number_or_like_nothing_stays_text(tmp_path):
 # --- what cannot be loaded
 
 
-@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
-def test_not_a_run(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [(lambda folder: None, "there is no such folder"), (lambda folder: folder.mkdir(), r"metrics\.json is missing")],
+)
+def test_not_a_run(tmp_path, make, fault):
     make(tmp_path / "run")
-    with pytest.raises(InputError, match=r"is not the folder of a finished run: metrics\.json or another file"):
+    with pytest.raises(InputError, match=f"is not the folder of a finished run: {fault}"):
         load_run(tmp_path / "run")
 
 
 def finish(folder: Path) -> None:
     """Make a folder that looks like a finished run."""
-    (folder / "metrics.json").write_text('{"metrics": {}, "best_epoch": null}')
-    (folder / "config.json").write_text("{}")
+    (folder / "metrics.json").write_text('{"metrics": {}, "best_epoch": null, "artifacts": []}')
+    settings = dict.fromkeys(("model", "dataset", "seed", "config", "hooks", "data", "text_encoder"))
+    (folder / "config.json").write_text(json.dumps(settings))
     (folder / "environment.json").write_text("{}")
     save_file({"x": torch.zeros(100)}, folder / "model.safetensors")
 
@@ -163,14 +167,14 @@ def finish(folder: Path) -> None:
     ("name", "content"),
     [
         *(("metrics.json", content) for content in ("{", "{}", "null", "", '{"metrics": null}')),
-        *(("config.json", content) for content in ("{", "[]", "")),
+        *(("config.json", content) for content in ("{", "{}", "[]", "")),
         *(("environment.json", content) for content in ("{", "[]", "")),
         ("metrics.json", '{"metrics": {}}'),
-        ("metrics.json", '{"metrics": {"MAE": "x"}, "best_epoch": null}'),
+        ("metrics.json", '{"metrics": {"MAE": "x"}, "best_epoch": null, "artifacts": []}'),
         ("metrics.json", "[" * 100_000),
         ("metrics.json", '{"metrics": {}, "best_epoch": null, "artifacts": ["absent"]}'),
-        ("metrics.json", '{"metrics": {"MAE": 1.0}, "best_epoch": null}'),  # without predictions
-        ("metrics.json", '{"metrics": {}, "best_epoch": 3}'),  # without history
+        ("metrics.json", '{"metrics": {"MAE": 1.0}, "best_epoch": null, "artifacts": []}'),  # without predictions
+        ("metrics.json", '{"metrics": {}, "best_epoch": 3, "artifacts": []}'),  # without history
         ("model.safetensors", ""),
         ("model.safetensors", "x" * 50),
         ("model.safetensors", None),
@@ -184,7 +188,9 @@ def test_a_run_with_a_broken_file_is_not_finished(tmp_path, name, content):
     else:
         (tmp_path / name).write_text(content)
     assert not finished(tmp_path)
-    with pytest.raises(InputError, match="is not the folder of a finished run"):
+    file = {'"absent"': "absent.csv", "1.0": "predictions.csv", "3,": "history.csv"}
+    broken = next((other for sign, other in file.items() if content and sign in content), name)
+    with pytest.raises(InputError, match=f"is not the folder of a finished run: {broken} "):
         load_run(tmp_path)
 
 
@@ -391,9 +397,24 @@ def test_everybody_who_may_read_the_folder_may_read_the_weights(trained):
 
 def test_a_model_that_is_not_packaged_says_how_to_load_it(tmp_path):
     finish(tmp_path)
-    (tmp_path / "config.json").write_text('{"model": "mine"}')
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "model": "mine"}))
     with pytest.raises(InputError, match=r"unknown model 'mine'.*loaded with plugins=\[…\]"):
         _ = load_run(tmp_path).model
+
+
+@pytest.mark.parametrize("name", ["predictions", "history", "labels"])
+def test_a_table_that_was_cut_is_told_by_its_lines(trained, tmp_path, name):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    table = folder / f"{name}.csv"
+    lines = table.read_text().splitlines()
+    table.write_bytes("\r\n".join([*lines, ""]).encode())  # as an editor may save it
+    assert finished(folder)
+    table.write_text("\n".join(lines)[:-1])
+    with pytest.raises(
+        InputError, match=rf"{name}\.csv is broken: it has {len(lines) - 1} lines, and was written with"
+    ):
+        load_run(folder)
 
 
 def test_a_model_with_another_kind_of_encoder_loads_too(tmp_path):
@@ -428,7 +449,7 @@ def test_a_table_that_cannot_be_read(tmp_path, content):
 
 def test_a_run_without_the_rows_of_a_table_is_not_finished(tmp_path):
     finish(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"metrics": {"MAE": 1.0}, "best_epoch": null}')
+    (tmp_path / "metrics.json").write_text('{"metrics": {"MAE": 1.0}, "best_epoch": null, "artifacts": []}')
     (tmp_path / "predictions.csv").write_text("id\n")
     assert finished(tmp_path)
     (tmp_path / "predictions.csv").write_text("")

@@ -43,6 +43,11 @@ def errors_by_video(seed: int, *, videos: int = 30, clips: int = 5, spread: floa
     return truth, {"a": truth + errors[:1], "b": truth + errors[1:]}, [f"video{i}" for i in video]
 
 
+@pytest.fixture
+def any_number_of_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.statistics, "FEWEST_VIDEOS", 1)
+
+
 def width(found: Difference, metric: str = "MAE") -> float:
     return found.high[metric] - found.low[metric]
 
@@ -86,6 +91,7 @@ def test_correlation_within_one_of_two_distant_videos() -> None:
     assert_weighted(np.array([pred, flat]), truth, list("xxxxyyyy"), "mosi", np.array([[2, 0], [0, 2], [1, 1]]))
 
 
+@pytest.mark.usefixtures("any_number_of_videos")
 def test_every_figure_against_a_plain_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.statistics, "_CHUNK", 33)
     truth, predictions, videos = table("sims", clips=30, videos=6, ours=3, base=2)
@@ -115,10 +121,11 @@ def test_every_figure_against_a_plain_bootstrap(monkeypatch: pytest.MonkeyPatch)
             assert found.p_mae == pytest.approx(2 * (min(sides) + 1) / (draws + 1))
 
 
+@pytest.mark.usefixtures("any_number_of_videos")
 def test_draws_of_seeds_follow_their_known_distribution() -> None:
     truth = np.array([0.0, 1.0, -1.0])
     shifts = np.array([[1.0], [3.0]])  # whichever clips are drawn, a mean error of 1, 2 or 3: 1/4, 1/2, 1/4
-    predictions = {"exact": truth[None], "shifted": truth + shifts, "close": truth + shifts[[0, 0]]}
+    predictions = {"exact": truth[None].repeat(2, axis=0), "shifted": truth + shifts, "close": truth + shifts[[0, 0]]}
     found = compare_predictions(truth, predictions, ["x", "y", "z"], "mosi", reference="exact")
     assert [found["shifted"].mean["MAE"], found["shifted"].low["MAE"], found["shifted"].high["MAE"]] == [2, 1, 3]
     assert [found["close"].low["MAE"], found["close"].high["MAE"]] == [1, 1]
@@ -155,7 +162,8 @@ def test_another_row_changes_nothing_but_holm() -> None:
 
 def test_better_and_worse_rows() -> None:
     truth, predictions, videos = table(base=2)
-    rows = {"base": predictions["base"], "better": predictions["base"][:1] * 0.1 + truth * 0.9, "worse": -truth[None]}
+    rows = {"base": predictions["base"], "better": predictions["base"] * 0.1 + truth * 0.9}
+    rows["worse"] = -truth[None].repeat(2, axis=0)
     found = compare_predictions(truth, rows, videos, "mosi", reference="base", draws=1000)
     assert found["better"].high["MAE"] < 0 < found["worse"].low["MAE"]
     assert found["worse"].high["Corr"] < 0
@@ -165,10 +173,40 @@ def test_better_and_worse_rows() -> None:
 @pytest.mark.parametrize("family", ["mosi", "sims"])
 def test_identical_predictions(family: Any) -> None:
     truth, predictions, videos = table(family, base=1)
-    rows = {"base": predictions["base"], "same": predictions["base"].repeat(5, axis=0)}
+    rows = {"base": predictions["base"].repeat(2, axis=0), "same": predictions["base"].repeat(5, axis=0)}
     found = compare_predictions(truth, rows, videos, family, reference="base", draws=500)["same"]
     assert {*found.mean.values(), *found.low.values(), *found.high.values()} == {0.0}
     assert found.p_mae == 1
+
+
+def test_few_videos_have_no_interval_and_no_p_value() -> None:
+    for videos in (9, 10):
+        truth, predictions, names = table(videos=videos, base=2, ours=3)
+        found = compare_predictions(truth, predictions, names, "mosi", reference="base", draws=200)["ours"]
+        assert not isnan(found.mean["MAE"])
+        assert {isnan(found.low["MAE"]), isnan(found.high["Corr"]), isnan(found.p_mae)} == {videos == 9}
+
+
+def test_a_single_seed_has_an_interval_and_no_p_value() -> None:
+    truth, predictions, videos = table(base=2, ours=3, single=1)
+    found = compare_predictions(truth, predictions, videos, "mosi", reference="base", draws=500)
+    assert found["single"].low["MAE"] < found["single"].high["MAE"]
+    assert isnan(found["single"].p_mae)
+    del predictions["single"]
+    alone = compare_predictions(truth, predictions, videos, "mosi", reference="base", draws=500)
+    assert found["ours"] == alone["ours"]  # it is not corrected for a p-value that is not given
+
+
+def test_a_reference_of_each_model_s_own() -> None:
+    truth, predictions, videos = table(base=2, ours=3, other=2)
+    of_one, of_other = (
+        compare_predictions(truth, predictions, videos, "mosi", reference=name, draws=500) for name in ("base", "other")
+    )
+    found = compare_predictions(
+        truth, predictions, videos, "mosi", reference={"ours": "other", "other": "base"}, draws=500
+    )
+    assert list(found) == ["ours", "other"]
+    assert (found["ours"].low, found["other"].low) == (of_other["ours"].low, of_one["other"].low)
 
 
 def test_the_seed_decides_the_draws() -> None:
@@ -181,6 +219,7 @@ def test_the_seed_decides_the_draws() -> None:
     assert first["ours"].low != other["ours"].low
 
 
+@pytest.mark.usefixtures("any_number_of_videos")
 def test_draws_without_an_answer_do_not_count() -> None:
     pred, truth = np.array([[1.0, -1.0, 1.0, 2.0]]), np.array([0.0, 0.0, 2.0, -1.0])
     rows = {"base": pred, "ours": -pred}
