@@ -21,6 +21,7 @@ from rich.table import Table
 from .errors import BenchmarkError, InputError
 
 if TYPE_CHECKING:
+    from . import side_by_side
     from .benchmark import Result
     from .comparison import Comparison
     from .contract import PublishedResult
@@ -326,20 +327,20 @@ def _show_comparison(
             err.print(f"written to {escape(str(target))}", highlight=False, soft_wrap=True)
         return
     for made in tables_of(comparison, results):
-        _print_wide_table(made.title, made.rows)
+        _print_in_pieces(made)
         for note in made.notes:
             if out.is_terminal or not note.startswith(BEST):  # a pipe has no bold
                 out.print(escape(note), highlight=False)
         out.print()
 
 
-def _print_wide_table(title: str, rows: Sequence[dict[str, str]]) -> None:
-    """Print a table in as many pieces as the terminal's width asks for, the first column in each."""
+def _print_in_pieces(table: side_by_side.Table) -> None:
+    """Print a table in as many pieces as the terminal's width asks for."""
     from .forms import split
 
-    pieces = split([*rows], lambda piece: _table(piece, fold=True, unbroken=_FIGURE)[1] <= out.width)
+    pieces = split(table, lambda piece: _table(piece, fold=True, unbroken=_FIGURE)[1] <= out.width)
     for number, piece in enumerate(pieces):
-        _print_table(f"{title}, continued" if number else title, piece, unbroken=_FIGURE)
+        _print_table(f"{table.title}, continued" if number else table.title, piece, unbroken=_FIGURE)
 
 
 def _interrupted() -> typer.Exit:

@@ -301,7 +301,9 @@ def _for_field(info: FieldInfo, value: Any) -> Any:
         return "none"  # a word of its own, and not that there is no value
     if any(typing.get_origin(kind) is tuple for kind in wanted):
         if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
+            parts = [part.strip() for part in value.split(",") if part.strip()]
+            of_text = any(str in typing.get_args(kind) for kind in wanted)
+            return tuple(parts if of_text else map(_read_value, parts))
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
         value = value.item()
@@ -343,7 +345,6 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: one has no `=`, or a key stands twice.
     """
-    words = {"true": True, "false": False, "none": None, "null": None}
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = (part.strip() for part in setting.partition("="))
@@ -351,11 +352,17 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--set takes KEY=VALUE, got {setting!r}")
         if key in values:
             raise InputError(f"--set {key} is given twice")
-        try:
-            values[key] = words[text.lower()] if text.lower() in words else json.loads(text)
-        except (ValueError, RecursionError):
-            values[key] = text
+        values[key] = _read_value(text)
     return values
+
+
+def _read_value(text: str) -> Any:
+    """Return what a setting's text says."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    try:
+        return words[text.lower()] if text.lower() in words else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def as_typed(value: Any) -> str:

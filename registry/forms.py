@@ -15,7 +15,7 @@ from .comparison import Comparison
 from .contract import PublishedResult
 from .errors import InputError, unknown
 from .runs import finite
-from .side_by_side import tables_of
+from .side_by_side import Table, tables_of
 from .tables import Best, Rows
 
 
@@ -36,19 +36,20 @@ def render(comparison: Comparison, form: str, published: Sequence[PublishedResul
     return FORMS[form](comparison, published, name)
 
 
-_FIGURE = re.compile(r"([+-]?\d+\.\d+) (± .*|\[[^;]*, [^;]*\])")
+_FIGURE = re.compile(r"([+-]?\d+\.\d+) (± \d+\.\d+|\[[^;]*, [^;]*\])")
 """a mean with its spread or interval"""
 
 
-def split(rows: Rows, fits: Callable[[Rows], bool]) -> list[Rows]:
-    """Return a table in pieces of as many columns as fit, the first column in each."""
-    first, *others = rows[0]
+def split(table: Table, fits: Callable[[Rows], bool]) -> list[Rows]:
+    """Return a table's rows in pieces of as many columns as fit, those that tell which row it is in each."""
+    columns = list(table.rows[0])
+    keys, others = columns[: table.keys], columns[table.keys :]
     pieces: list[list[str]] = [[]]
     for column in others:
-        if pieces[-1] and not fits([{name: row[name] for name in (first, *pieces[-1], column)} for row in rows]):
+        if pieces[-1] and not fits([{name: row[name] for name in (*keys, *pieces[-1], column)} for row in table.rows]):
             pieces.append([])
         pieces[-1].append(column)
-    return [[{name: row[name] for name in (first, *columns)} for row in rows] for columns in pieces]
+    return [[{name: row[name] for name in (*keys, *piece)} for row in table.rows] for piece in pieces]
 
 
 def is_figures(cells: Sequence[str]) -> bool:
@@ -84,7 +85,7 @@ _LATEX = {
     **{"±": r"$\pm$", "–": "--", "†": r"$\dagger$", "≥": r"$\ge$", "≤": r"$\le$", "[": "{[}", "|": r"\textbar{}"},
     **{"−": "$-$", "…": r"\ldots{}", "²": "$^2$", "³": "$^3$"},
 }
-_TEXT_WIDTH = 340.0
+_TEXT_WIDTH = 343.0
 """Points that a table may take: the text of LaTeX's own classes is 345 wide."""
 _MOST_LINES = 50
 """Lines of `\\scriptsize` that a float may have, notes not counted"""
@@ -95,11 +96,16 @@ def _latex(comparison: Comparison, published: Sequence[PublishedResult], name: s
     for table in tables_of(comparison, published):
         title = f"{table.title[0].upper()}{table.title[1:]}"
         label = "tab:" + "-".join("".join(c if c.isalnum() else " " for c in f"{name} {table.title}").split())
-        tabulars = [_tabular(piece) for piece in split(table.rows, lambda piece: _points(piece) < _TEXT_WIDTH)]
+        tabulars = [_tabular(piece) for piece in split(table, lambda piece: _points(piece) < _TEXT_WIDTH)]
         a_float = max(1, _MOST_LINES // (len(table.rows) + 3))
         for start in range(0, len(tabulars), a_float):
             caption = f"{title}. {table.notes[0]}" if start == 0 else f"{title}, continued."
-            lines = ["\\begin{table}[t]", f"\\caption{{{_escaped(caption)}}}", *[f"\\label{{{label}}}"] * (start == 0)]
+            lines = [
+                "\\begin{table}[t]",
+                f"\\caption{{{_escaped(caption)}}}",
+                *[f"\\label{{{label}}}"] * (start == 0),
+                "\\smallskip",
+            ]
             lines += ["\\centering\\scriptsize\\setlength{\\tabcolsep}{3pt}"]
             lines += ["\n\\par\\medskip\n".join(tabulars[start : start + a_float])]
             if start + a_float >= len(tabulars):
@@ -140,7 +146,7 @@ def _points(rows: Rows) -> float:
 def _points_of(text: str) -> float:
     figure = _FIGURE.fullmatch(text)
     mean, spread = figure.groups() if figure else (text, "")
-    return 4.3 * len(mean) + 3.1 * len(spread)
+    return 4.15 * len(mean) + 3.1 * len(spread)
 
 
 def _escaped(text: str) -> str:

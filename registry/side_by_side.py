@@ -32,6 +32,8 @@ class Table:
     title: str
     rows: Rows
     notes: list[str]
+    keys: int = 1
+    """how many columns tell which row it is"""
 
 
 def tables_of(comparison: Comparison, published: Sequence[PublishedResult] = ()) -> list[Table]:
@@ -54,8 +56,20 @@ def of_interest(comparison: Comparison, results: Sequence[PublishedResult]) -> l
 
 
 def _plain(comparison: Comparison) -> list[Row]:
-    """Return the rows of models without hooks of others: what is published is of these."""
-    return [row for row in comparison.ok if "+" not in row.runs[0].settings["model"]]
+    """Return the row of each model that is nearest to what is published: without hooks of others, least changed."""
+    rows: dict[str, Row] = {}
+    for row in comparison.ok:
+        if "+" not in row.runs[0].settings["model"] and _changes(row) < _changes(rows.get(row.model)):
+            rows[row.model] = row
+    return [*rows.values()]
+
+
+def _changes(row: Row | None) -> float:
+    """Return how many settings of a row are not the preset's."""
+    if row is None:
+        return math.inf
+    changed = row.protocol.get("changed settings", "none")
+    return 0 if changed == "none" else 1 + changed.count(", ")
 
 
 # --- what stands in the tables
@@ -74,12 +88,12 @@ def _results(comparison: Comparison) -> Table:
         cells = {
             "model": row.name,
             "text": row.text if row.runs else "",
-            "tuned for": row.protocol.get("tuned for", ""),
-            "data": row.protocol.get("data", ""),
-            "seeds": ranges(row.seeds),
             **figures,
+            "seeds": ranges(row.seeds),
             "parameters": f"{row.parameters:,}" if row.parameters is not None else "",
             "s/epoch": "" if seconds is None else f"{seconds:.2f}",
+            "data": row.protocol.get("data", ""),
+            "tuned for": row.protocol.get("tuned for", ""),
             "note": row.note,
         }
         rows.append(cells)
@@ -87,9 +101,10 @@ def _results(comparison: Comparison) -> Table:
         for cells in rows:
             del cells["note"]
     some = len(several) < len(comparison.ok)
+    seeds = {tuple(row.seeds) for row in comparison.ok}
     notes = [
         f"Test split of {comparison.dataset}: mean ± sample standard deviation over seeds"
-        + (", which are not the same in all rows." if len({*map(tuple, map(_seeds, comparison.ok))}) > 1 else "."),
+        + (f" {ranges(next(iter(seeds)))}." if len(seeds) == 1 else ", which are not the same in all rows."),
         BEST + (", of rows with more than one seed." if some else "."),
         *_protocol(comparison.ok),
         "Columns: text, whether the text encoder was trained with the model; tuned for, the text encoder that the "
@@ -100,10 +115,6 @@ def _results(comparison: Comparison) -> Table:
     if comparison.reference is None and comparison.ok:
         notes.append(f"No differences: the first row, {comparison.rows[0].name}, has no finished run.")
     return Table(f"results on {comparison.dataset}", rows, notes)
-
-
-def _seeds(row: Row) -> list[int]:
-    return row.seeds
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -164,11 +175,14 @@ def _protocol(rows: Sequence[Row]) -> list[str]:
         for row in rows:
             value = row.protocol.get(key, "none")
             value = value.removesuffix(f", {row.text}") if key == "text encoder" else value  # that has a column
-            by_value.setdefault(value, []).append(row.name)
-        if by_value.keys() <= {"none", *_UNSAID}:
+            if value not in _UNSAID:
+                by_value.setdefault(value, []).append(row.name)
+        if by_value.keys() <= {"none"}:
             continue
         most = max(by_value, key=lambda value: len(by_value[value]))
         said = [f"{value} for {', '.join(names)}" for value, names in by_value.items() if value != most]
+        if not said and len(by_value[most]) < len(rows):
+            most += f" for {', '.join(by_value[most])}"
         said.append(f"{most} for all others" if said else most)
         sentences.append(f"{key[0].upper()}{key[1:]}: {'; '.join(said)}.")
     return sentences
@@ -277,7 +291,7 @@ def _published(comparison: Comparison, results: Sequence[PublishedResult]) -> Ta
         notes.append("† marks second-hand figures.")
     notes += [f"[{number}] {source.rstrip('.')}." for (source, _), number in numbers.items()]
     notes += [f"On {note.rstrip('.')}." for note in _notes(results, numbers)]
-    return Table("published results", rows, notes)
+    return Table("published results", rows, notes, keys=2)
 
 
 def _notes(results: Sequence[PublishedResult], numbers: Mapping[tuple[str, bool], int]) -> list[str]:

@@ -415,8 +415,8 @@ def test_captions_say_the_protocol(comparison):
         "Test split of custom: mean ± sample standard deviation over seeds, which are not the same in all rows.",
         "The best mean of a metric is bold, of rows with more than one seed.",
         "Selection: the epoch with the lowest validation MAE; test is read once.",
-        "Changed settings: learning_rate=0.5, batch_size=4, epochs=2 for mean:learning_rate=0.5; batch_size=4, epochs=2 "
-        "for all others.",
+        "Changed settings: learning_rate=0.5, batch_size=4, epochs=2 for mean:learning_rate=0.5; "
+        "batch_size=4, epochs=2 for all others.",
         "Labels: within ±3.",
     ):
         assert note in notes

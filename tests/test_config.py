@@ -150,6 +150,19 @@ def test_what_a_run_writes_is_read_again(tmp_path):
     assert settle(file=tmp_path / "config.json").as_dict() == config.as_dict()
 
 
+def test_a_list_of_numbers_is_read_as_it_is_shown():
+    class Widths(Config):
+        widths: tuple[int, ...] = Field((128, 32), description="")
+
+    spec = ModelSpec(name="wide", summary="", build=object, config=Widths)
+    dataset = DatasetSpec(name="mosi", summary="", label_range=3.0)
+    for given in ("64,16", "64, 16", "[64, 16]"):
+        chosen = resolve(spec, [], dataset, overrides=parse_settings([f"widths={given}"]))
+        assert chosen.model.widths == (64, 16)
+    with pytest.raises(InputError, match=r"'widths\.1' must be an integer, got 'many'"):
+        resolve(spec, [], dataset, overrides={"widths": "64,many"})
+
+
 def test_a_runs_own_file_brings_its_preset(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"preset": "author", "config": settle(preset="author").as_dict()}))

@@ -73,12 +73,14 @@ def test_the_plain_loop_s_five_lines_are_what_it_takes():
 def test_a_model_in_one_file(monkeypatch, capsys, empty_folder):
     (empty_folder / "my_model.py").write_text(example("my_model.py"))
     commands = [line.strip() for line in README.splitlines() if "my_model.py" in line and line.startswith("    bench")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     assert "fault" not in benchmark(monkeypatch, capsys, commands[0])
     out = benchmark(monkeypatch, capsys, f"{commands[1]} --epochs 1")
     assert "late_mean on demo, test split" in out
+    out = benchmark(monkeypatch, capsys, f"{commands[2]} --epochs 3")
+    assert "what ulgm adds" in out
     (empty_folder / "my_hook.py").write_text(example("my_hook.py"))
-    out = benchmark(monkeypatch, capsys, f"{commands[2]} --epochs 1")
+    out = benchmark(monkeypatch, capsys, f"{commands[3]} --epochs 1")
     assert "late_mean+small on demo, test split" in out
     assert "hook.strength=0.1" in out
 

@@ -278,7 +278,10 @@ def test_a_parameter_that_gets_no_gradient():
             super().__init__(config, data)
             self.idle = nn.Linear(2, 2)
 
-    assert only_fault(Idle) == (GRADIENTS, "2 of 6 parameters get none: idle.weight, idle.bias")
+    assert only_fault(Idle) == (
+        GRADIENTS,
+        "2 of 6 parameters get none: idle.weight, idle.bias (what is to stay as it is says so: requires_grad_(False))",
+    )
 
 
 def test_a_parameter_that_no_group_holds():

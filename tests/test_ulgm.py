@@ -436,6 +436,7 @@ def test_state_goes_through_a_state_dict_and_needs_no_gradient() -> None:
         ({"weighting": "one"}, "weighting must be a callable or one of tanh, relu, ones, got 'one'"),
         ({"combination": "half"}, "combination must be a callable, got 'half'"),
         ({"momentum": 0.9}, "momentum must be a callable, got 0.9"),
+        ({"label_range": 0.0}, "label_range must be positive, got 0"),
         ({"center_decay": 1.0}, "center_decay must be at least 0 and below 1, got 1.0"),
         ({"known": {"speech": torch.zeros(3)}}, "known"),
         ({"known": {"fusion": torch.zeros(5)}}, "known"),
