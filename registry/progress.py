@@ -9,10 +9,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from .contract import Training
 from .training import Epoch, Watcher
+
+_LONGEST_NAME = 18
+"""of a model, beside its bar"""
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def make_watcher(console: Console | None = None) -> Iterator[Watcher]:
         TextColumn("{task.fields[seed]}"),
         BarColumn(max(6, min(40, console.width - 74))),  # the rest is what 80 columns have to show
         TextColumn("epoch {task.fields[epoch]}  {task.fields[figures]}"),
-        _TimeLeft(),
+        _TimeLeft(table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield LiveWatcher(console, progress)
@@ -81,7 +85,8 @@ class LiveWatcher(PlainWatcher):
     def start(self, seed: int, number: str, config: Training) -> None:
         self.end()
         self.config, self.best = config, (math.inf, 0)
-        label = f"{self.name or 'seed'} {seed} ({number.replace(' of ', '/')})"
+        name = self.name if len(self.name) <= _LONGEST_NAME else f"{self.name[: _LONGEST_NAME - 1]}…"
+        label = f"{name or 'seed'} {seed} ({number.replace(' of ', '/')})"
         self.task = self.progress.add_task("", total=None, seed=label, epoch=1, figures="")
 
     def end(self) -> None:
@@ -97,7 +102,7 @@ class LiveWatcher(PlainWatcher):
         if record.best:
             self.best = (record.valid_mae, record.epoch)
         best = f"best MAE {self.best[0]:.3f} @{self.best[1]}"
-        self._update(figures=f"loss {record.train_loss:.3f}  {best}")
+        self._update(figures=best if self.name else f"loss {record.train_loss:.3f}  {best}")
 
     def _update(self, **fields: object) -> None:
         assert self.task is not None

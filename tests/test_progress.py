@@ -40,3 +40,31 @@ def test_plain_lines():
     note, seed, epoch = console.file.getvalue().splitlines()
     assert (note, seed) == ("a note", "seed 1 (1 of 1)")
     assert epoch.startswith("seed 1  epoch   1  train loss 1.5000  validation MAE 0.2500 (best)")
+
+
+def test_a_bar_for_each_of_several_models_until_it_ends():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with make_watcher(console) as watcher:
+        models = [watcher.beside(name) for name in ("self_mm:supervision=multimodal", "tfn")]
+        for model in models:
+            model.start(1111, "1 of 3", Training(epochs=15))
+            model.step(1, 1, 2)
+            model.epoch(Epoch(1, 1.2345, 0.6, True, 1.0, 0.1))
+        shown = ["".join(part.text for part in line) for line in console.render_lines(watcher.progress, pad=False)]
+        assert [line.split()[0] for line in shown] == ["self_mm:supervisi…", "tfn"]
+        assert all("best MAE 0.600 @1" in line and len(line) <= 80 for line in shown)
+        assert all("1111 (1/3)" in line and "…" not in line[20:] for line in shown)
+        models[0].end()
+        (line,) = console.render_lines(watcher.progress, pad=False)
+        assert line[0].text.startswith("tfn")
+
+
+def test_plain_lines_of_several_models_name_them():
+    console = Console(file=io.StringIO(), width=80)
+    with make_watcher(console) as watcher:
+        model = watcher.beside("tfn+ulgm")
+        model.start(7, "1 of 1", Training())
+        model.epoch(Epoch(1, 1.5, 0.25, True, 1.0, 0.1))
+    first, second = console.file.getvalue().splitlines()
+    assert first == "tfn+ulgm seed 7 (1 of 1)"
+    assert second.startswith("tfn+ulgm seed 7  epoch   1")
