@@ -215,7 +215,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Train and test the models that are not yet, over seeds, and print them side by side."""
-    from .comparison import compare as compare_models
+    from .compare_models import compare as compare_models
     from .progress import make_watcher
 
     form = _checked_format(form, target)

@@ -1,48 +1,33 @@
-"""`compare`: many models on one dataset under one protocol, side by side.
+"""Many models on one dataset side by side: rows of finished runs, found below folders or made by `compare`.
 
-comparison = registry.compare(["self_mm", "tfn", "tfn+ulgm"], "mosi", data="unaligned_50.pkl", seeds=[1111, 1112, 1113])
+comparison = collect(["runs/"], "self_mm", dataset="mosi")
 comparison.frame(), comparison.rows[0].mean["MAE"], comparison.differences["tfn"].p_mae
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
-from .benchmark import FAILED_LOG, Result, SeedRun, checked_seeds, find_device
-from .benchmark import run as run_model
-from .config import accepts, keys_of, parse_settings
-from .contract import HookSpec, ModelSpec, Training
-from .errors import BenchmarkError, InputError, one_line, unknown
-from .jobs import make_plan
+from .benchmark import FAILED_LOG, Result, SeedRun
+from .errors import InputError, unknown
 from .labels import generated_in_vain
 from .metrics import names_of
 from .plugins import Plugins
 from .runs import Run, fault_of, load_run
 from .statistics import Difference, compare_predictions, video_of
-from .training import Epoch, Watcher
 
-ALL = "all"
 PRIMARY = "MAE"
-SEEDS = (1111, 1112, 1113, 1114, 1115)
 
 
 @dataclass(frozen=True)
@@ -244,218 +229,12 @@ class Comparison:
         return rows
 
 
-def compare(
-    models: Sequence[str],
-    dataset: str = "demo",
-    *,
-    also_with: Sequence[str] = (),
-    data: str | Path | None = None,
-    text_encoder: str | None = None,
-    seeds: Sequence[int] = SEEDS,
-    preset: str | None = None,
-    config: Mapping[str, Any] | None = None,
-    label_range: float | None = None,
-    device: str = "auto",
-    runs: str | Path = "runs",
-    plugins: Sequence[str] = (),
-    metrics: Sequence[str] = (),
-    watcher: Watcher | None = None,
-    jobs: int = 1,
-    before: Callable[[str, int, int], None] | None = None,
-) -> Comparison:
-    """Train and test every model that is not yet, and return them side by side.
-
-    Args:
-        models: names as for `registry.run`, each perhaps with settings of its own, as `"tfn:finetune_text=true"`;
-            `"all"` stands for every registered model that is not named.
-        dataset: as for `registry.run`.
-        also_with: hooks to add to each model, one row each, where the model allows it.
-        data, text_encoder, label_range, device, runs, plugins: as for `registry.run`.
-        seeds: one run each, for every model.
-        preset: for the models that have it.
-        config: keys that override the preset, for the models that have them.
-        metrics: the ones to show besides MAE; all by default.
-        watcher: is told of progress.
-        jobs: models trained at once, in processes of their own that share the machine's cores. A script that asks for
-            several needs `if __name__ == "__main__":`.
-        before: is told each model's name, its number and how many there are, before it is trained; with several jobs
-            when it has ended.
-
-    Returns:
-        Every model, also those that failed.
-
-    Raises:
-        InputError: a name or a setting is wrong; nothing has been trained.
-    """
-    if jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {jobs}")
-    watcher = _Once(watcher or Watcher())
-    found = Plugins(plugins)
-    for hook in also_with:
-        found.load("hook", hook)
-    wanted = _expand(models, found, watcher)
-    rows, optional = [], set()
-    for name in wanted:
-        rows.append(name)
-        model, colon, settings = name.partition(":")
-        added = [f"{model}+{hook}{colon}{settings}" for hook in also_with]
-        extra = [other for other in added if other not in wanted]
-        optional |= set(extra)
-        rows += extra
-    if twice := [name for name, count in Counter(rows).items() if count > 1]:
-        raise InputError(f"--models names {twice[0]!r} twice")
-    shared = dict(config or {})
-    plans = {name: plan for name in rows if (plan := _plan(name, found, preset, shared, optional))}
-    _check_used(shared, preset, plans, watcher)
-    checked_seeds(seeds)
-    find_device(device)
-    for name, plan in list(plans.items()):  # all that can be told before anything is trained
-        try:
-            made_plan = make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
-        except InputError as error:
-            if name not in optional:
-                raise InputError(f"{name}: {error}") from error
-            watcher.note(f"{name} is left out: {error}")
-            del plans[name]
-        else:
-            made_plan.place_of(data)
-            check_metrics(metrics, made_plan.metrics)
-    options: dict[str, Any] = {
-        "dataset": dataset,
-        "data": data,
-        "text_encoder": text_encoder,
-        "seeds": seeds,
-        "label_range": label_range,
-        "device": device,
-        "runs": runs,
-        "plugins": plugins,
-    }
-    made: dict[str, Row] = {}
-    reasons: dict[str, str] = {}
-    all_refused = True
-    work = {name: {"model": plan.model, **options, **plan.options} for name, plan in plans.items()}
-    jobs = min(jobs, max(1, len(work)))
-    for name, row, refused in (_in_turn if jobs == 1 else partial(_at_once, jobs))(work, watcher, before):
-        if refused and name in optional:
-            watcher.note(f"{name} is left out: {row.reason}")
-            continue
-        if row.reason is not None:
-            first = reasons.setdefault(row.reason, name)
-            watcher.note(f"{name} failed: {row.reason}" if first == name else f"{name} failed as {first} did")
-        all_refused &= refused
-        made[name] = row
-    done = [made[name] for name in plans if name in made]
-    if all(row.reason is not None for row in done):
-        kind = InputError if all_refused else BenchmarkError
-        raise kind(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
-    controls = {hook.name: hook.control for plan in plans.values() for hook in plan.hooks if hook.control}
-    return Comparison(dataset, done, metrics, controls)
-
-
 def check_metrics(names: Sequence[str], family: Literal["mosi", "sims"]) -> None:
     """See that metrics are of a family's; raises InputError for one that is not."""
     known = names_of(family)
     for name in names:
         if name not in known:
             raise InputError(unknown("metric", name, known))
-
-
-_Work = Mapping[str, dict[str, Any]]
-"""The arguments of `run` by the name of a row"""
-_Before = Callable[[str, int, int], None] | None
-
-
-def _in_turn(work: _Work, watcher: Watcher, before: _Before) -> Iterator[tuple[str, Row, bool]]:
-    """Train one model after the other; yield name, row, and whether its input was refused."""
-    for number, (name, options) in enumerate(work.items(), 1):
-        if before:
-            before(name, number, len(work))
-        yield name, *_train(name, options, watcher)
-
-
-def _at_once(jobs: int, work: _Work, watcher: Watcher, before: _Before) -> Iterator[tuple[str, Row, bool]]:
-    """Train several models at a time, each in a process, and yield them as they end."""
-    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and the GPU's state
-    progress = context.Queue()
-    watchers = {name: watcher.beside(name) for name in work}
-    listener = Thread(target=_listen, args=(progress, watchers), daemon=True)
-    listener.start()
-    pool = ProcessPoolExecutor(jobs, context, _begin, (jobs, progress))
-    try:
-        names = {pool.submit(_train_elsewhere, name, options): name for name, options in work.items()}
-        for number, future in enumerate(as_completed(names), 1):
-            name = names[future]
-            watchers[name].end()
-            if before:
-                before(f"{name} has ended", number, len(work))
-            try:
-                row, refused, said = future.result()
-            except BrokenProcessPool:  # for want of memory, or since the caller cannot be imported again
-                reason = "its process, or one beside it, was killed: run the same again with fewer jobs"
-                yield name, Row(name, reason=reason), False
-                continue
-            for call, *words in said:
-                getattr(watcher, call)(*words)
-            yield name, row, refused
-    except BaseException:  # what has begun, or waits in the pool's own queue, would be trained to its end
-        for process in list(pool._processes.values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        progress.put(None)
-        listener.join(timeout=5)
-
-
-def _listen(progress: Any, watchers: Mapping[str, Watcher]) -> None:
-    """Pass on what the processes tell, until None comes."""
-    while told := progress.get():
-        name, call, *what = told
-        getattr(watchers[name], call)(*what)
-
-
-_progress: Any = None
-"""In a process of `_at_once`: where its progress is told."""
-
-
-def _begin(jobs: int, progress: Any) -> None:
-    """Make a new process ready to train."""
-    global _progress
-    _progress = progress
-    progress.cancel_join_thread()  # what is not yet told must not keep it from ending
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _train_elsewhere(name: str, options: dict[str, Any]) -> tuple[Row, bool, list[tuple[Any, ...]]]:
-    """Train in this process, and return what was said as well."""
-    told = _Teller(name)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that nothing half-written stays
-    try:
-        with redirect_stdout(sys.stderr):  # what a plugin prints is not a result
-            return *_train(name, options, told), told.said
-    except KeyboardInterrupt:
-        os._exit(128 + signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, bool]:
-    try:
-        result = run_model(**options, watcher=watcher)
-    except (Exception, SystemExit) as error:  # of the data, the encoder, the disk: other models may do better
-        reason = str(error) if isinstance(error, BenchmarkError) else one_line(error)
-        return Row(name, reason=reason), isinstance(error, InputError)
-    failed = {run.seed: run.reason or "" for run in result.runs if run.status == "failed"}
-    return Row(name, [load_run(run.folder) for run in result.ok if run.folder], failed), False
 
 
 def collect(
@@ -600,133 +379,3 @@ def _check_one_split(rows: Sequence[Row]) -> None:
                 f"{run.folder} and {first.folder} were tested on different clips or labels: "
                 "name runs of one dataset and file"
             )
-
-
-def _expand(models: Sequence[str], plugins: Plugins, watcher: Watcher) -> list[str]:
-    """Return the names asked for, `all` replaced by every model that can be imported, the others among it once."""
-    known = {entry.name for entry in plugins.entries("model")} | {ALL}
-    names: list[str] = []
-    parts = ",".join([models] if isinstance(models, str) else models).split(",")
-    for part in map(str.strip, parts):
-        if names and ":" in names[-1] and re.split("[:+]", part)[0] not in known:
-            names[-1] += f",{part}"  # of a list, as in NAME:modalities=text,audio
-        else:
-            names.append(part)
-    if not all(names):
-        raise InputError("--models takes names with commas between them, as self_mm,tfn,tfn+ulgm")
-    if with_settings := [name for name in names if re.fullmatch(f"{ALL}[:+].*", name)]:
-        raise InputError(
-            f"{with_settings[0]}: {ALL} takes no settings and no hooks; --set and --with are for every model"
-        )
-    if ALL not in names:
-        return names
-    rest = []
-    for entry, spec in plugins.check("model"):
-        if isinstance(spec, BenchmarkError):
-            watcher.note(f"{entry.name} is left out: {spec}")
-        elif entry.name not in {name.partition(":")[0] for name in names}:
-            rest.append(entry.name)
-    at = names.index(ALL)
-    return [*names[:at], *rest, *names[at + 1 :]]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A row to be made: a model with its hooks, and its options for `run`."""
-
-    model: str
-    spec: ModelSpec
-    hooks: Sequence[HookSpec]
-    options: dict[str, Any]
-
-
-def _plan(
-    name: str, plugins: Plugins, preset: str | None, shared: Mapping[str, Any], optional: Collection[str]
-) -> _Plan | None:
-    """Return what a row's name asks for; None for a hook that its model does not take."""
-    model, *settings = name.split(":")
-    try:
-        _, spec, hooks = plugins.load_model(model)
-    except InputError:
-        if name in optional:
-            return None
-        raise
-    config = {key: value for key, value in shared.items() if accepts(spec, hooks, key)} | parse_settings(settings)
-    return _Plan(model, spec, hooks, {"config": config, "preset": preset if preset in spec.presets else None})
-
-
-def _check_used(shared: Mapping[str, Any], preset: str | None, plans: Mapping[str, _Plan], watcher: Watcher) -> None:
-    """See that every setting is one of some model, and say which models do not have it."""
-    for key in shared:
-        lacking = [name for name, plan in plans.items() if not accepts(plan.spec, plan.hooks, key)]
-        if len(lacking) == len(plans):
-            known = {known for plan in plans.values() for known in keys_of(plan.spec, plan.hooks)}
-            raise InputError(unknown("key", key, known).partition(" (available")[0] + ": none of the models has it")
-        if lacking:
-            watcher.note(f"--set {key} does not apply to {', '.join(lacking)}")
-    if preset is not None:
-        lacking = [name for name, plan in plans.items() if preset not in plan.spec.presets]
-        if len(lacking) == len(plans):
-            raise InputError(
-                unknown("preset", preset, {known for plan in plans.values() for known in plan.spec.presets})
-            )
-        if lacking:
-            watcher.note(f"there is no preset {preset} for {', '.join(lacking)}: their own default is used")
-
-
-class _Teller(Watcher):
-    """Sends progress to the parent process, and keeps notes and failures for the end."""
-
-    def __init__(self, name: str) -> None:
-        self.said: list[tuple[Any, ...]] = []
-        self._name = name
-        self._last = 0.0
-
-    def note(self, text: str) -> None:
-        self.said.append(("note", text))
-
-    def failed(self, seed: int, reason: str) -> None:
-        self.said.append(("failed", seed, reason))
-
-    def start(self, seed: int, number: str, config: Any) -> None:
-        # The whole config may be of a class that only this process has.
-        self._send("start", seed, number, Training(epochs=config.epochs, early_stop=config.early_stop))
-
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        if time.monotonic() - self._last > 0.5:
-            self._last = time.monotonic()
-            self._send("step", epoch, step, steps)
-
-    def epoch(self, record: Epoch) -> None:
-        self._send("epoch", record)
-
-    def _send(self, *what: Any) -> None:
-        _progress.put((self._name, *what))
-
-
-class _Once(Watcher):
-    """Passes everything on, and each note once: many models are told the same of the data."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-        self._said: set[str] = set()
-
-    def note(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._watcher.note(text)
-
-    def failed(self, seed: int, reason: str) -> None:
-        self._watcher.failed(seed, reason)
-
-    def start(self, seed: int, number: str, config: Any) -> None:
-        self._watcher.start(seed, number, config)
-
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        self._watcher.step(epoch, step, steps)
-
-    def epoch(self, record: Epoch) -> None:
-        self._watcher.epoch(record)
-
-    def beside(self, name: str) -> Watcher:
-        return self._watcher.beside(name)

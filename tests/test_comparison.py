@@ -237,14 +237,14 @@ def test_hooks_are_added_beside_settings(compare):
 
 
 def test_any_failure_of_a_model_is_its_row(compare, monkeypatch):
-    from registry import comparison
+    from registry import parallel
 
     def run(model, *arguments, **options):
         if model == "mean":
             raise MemoryError("no room\nfor it")
         return registry.run(model, *arguments, **options)
 
-    monkeypatch.setattr(comparison, "run_model", run)
+    monkeypatch.setattr(parallel, "run_model", run)
     made = compare(["mean", "plain"], seeds=(1,))
     assert made.rows[0].note == "failed: MemoryError: no room for it"
     assert tables_of(made)[0].notes[-1] == "No differences: the first row, mean, has no finished run."

@@ -23,7 +23,7 @@ from torch.nn.functional import l1_loss, mse_loss, pad
 
 from baselines_compat import mmsa_bridge as bridge
 from registry import Batch, DataInfo, load_run, run
-from registry.comparison import _expand
+from registry.compare_models import _expand
 from registry.data.batches import Split, predict
 from registry.data.feature_file import read_feature_file
 from registry.data.text import TextEncoder, find_text_encoder
