@@ -544,7 +544,7 @@ def labels(
 
     With several seeds, each has its own, and a file's name gets its seed.
     """
-    from .labels import MEANINGS, find_runs, read_labels, to_json, write_files
+    from .labels import MEANINGS, find_runs, generated_in_vain, read_labels, to_json, write_files
 
     found = [read_labels(run) for run in find_runs(folder)]
     files = write_files(found, figure=figure, csv=csv, epoch=epoch)
@@ -556,6 +556,8 @@ def labels(
         if len(generated.shown_epochs) < len(generated.epochs):
             whole = generated.run.folder / "label_movement.csv"
             out.print(f"all {len(generated.epochs)} epochs: {escape(str(whole))}", highlight=False, soft_wrap=True)
+        if generated_in_vain(generated.run):
+            out.print("no label had moved before the best epoch, whose weights have seen human labels only")
     for column in found[0].movement:
         if column in MEANINGS:
             out.print(f"{column}: {MEANINGS[column]}", highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import checked_seeds, find_device
-from .comparison import Comparison, Row, check_metrics
+from .comparison import Comparison, Row, check_metrics, controls_of
 from .config import accepts, keys_of, parse_settings
 from .contract import HookSpec, ModelSpec
 from .errors import BenchmarkError, InputError, unknown
@@ -131,7 +131,7 @@ def compare(
     if all(row.reason is not None for row in done):
         kind = InputError if all_refused else BenchmarkError
         raise kind(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
-    controls = {hook.name: hook.control for plan in plans.values() for hook in plan.hooks if hook.control}
+    controls = controls_of({name: plan.hooks for name, plan in plans.items()})
     return Comparison(dataset, done, metrics, controls)
 
 

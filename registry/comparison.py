@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .benchmark import FAILED_LOG, Result, SeedRun
+from .contract import HookSpec
 from .errors import InputError, unknown
 from .labels import generated_in_vain
 from .metrics import names_of
@@ -117,8 +118,8 @@ class Comparison:
     rows: Sequence[Row]
     only: Sequence[str] = ()
     """the metrics to show besides MAE; all by default"""
-    controls: Mapping[str, str] = field(default_factory=dict)
-    """by hook, the one that stands in its place in the model that shows what it adds"""
+    controls: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """by the row of a model with a hook: that hook, and the row of the model that shows what the hook adds"""
 
     @property
     def ok(self) -> list[Row]:
@@ -151,20 +152,10 @@ class Comparison:
         return self._compared({row.name: self.reference.name for row in self.ok[1:]})
 
     @cached_property
-    def pairs(self) -> dict[str, str]:
-        """The rows with a hook that has a control, each with the row that has the control in its place."""
-        names = [row.name for row in self.ok]
-        pairs = {name: self._control_of(name) for name in names}
-        return {name: control for name, control in pairs.items() if control in names and control != name}
-
-    @cached_property
     def effects(self) -> dict[str, Difference]:
-        """How every row of `pairs` differs from its control on the test split: what the hook adds."""
-        return self._compared(self.pairs)
-
-    def _control_of(self, name: str) -> str:
-        model, colon, settings = name.partition(":")
-        return "+".join(self.controls.get(part, part) for part in model.split("+")) + colon + settings
+        """How every row that has a control here differs from it on the test split: what its hook adds."""
+        ok = {row.name for row in self.ok}
+        return self._compared({name: control for name, (_, control) in self.controls.items() if {name, control} <= ok})
 
     def _compared(self, references: Mapping[str, str]) -> dict[str, Difference]:
         if not references:
@@ -179,7 +170,7 @@ class Comparison:
     def frame(self) -> pd.DataFrame:
         """Return one row a model with every figure as a number, ready for further work.
 
-        `difference` is from the reference, `effect` from the model's control (see `pairs`).
+        `difference` is from the reference, `effect` from the model's control.
         """
         records = []
         for row in self.rows:
@@ -223,10 +214,25 @@ class Comparison:
                     "seconds_per_epoch": row.seconds_per_epoch,
                     "protocol": row.protocol,
                     "difference": difference and vars(difference),
-                    "effect": effect and {"control": self.pairs[row.name], **vars(effect)},
+                    "effect": effect and {"control": self.controls[row.name][1], **vars(effect)},
                 }
             )
         return rows
+
+
+def controls_of(hooks: Mapping[str, Sequence[HookSpec]]) -> dict[str, tuple[str, str]]:
+    """Return `Comparison.controls` of rows, by name, with these hooks."""
+    controls = {}
+    for name, specs in hooks.items():
+        model, colon, settings = name.partition(":")
+        parts = model.split("+")
+        for hook in specs:
+            control = f"{name}:{hook.control_setting}"
+            if hook.name in parts:
+                control = "+".join(hook.control if part == hook.name else part for part in parts) + colon + settings
+            if control in hooks:
+                controls[name] = hook.name, control
+    return controls
 
 
 def check_metrics(names: Sequence[str], family: Literal["mosi", "sims"]) -> None:
@@ -302,7 +308,8 @@ def collect(
         rows.sort(key=lambda row: row is not meant[0])
     settings = rows[0].runs[0].settings
     check_metrics(metrics, settings["data"]["metrics"])
-    return Comparison(settings["dataset"], rows, metrics, _controls(rows, Plugins(plugins)))
+    hooks = {row.name: _hooks_of(row, Plugins(plugins)) for row in rows if row.runs}
+    return Comparison(settings["dataset"], rows, metrics, controls_of(hooks))
 
 
 @dataclass
@@ -313,10 +320,12 @@ class _Config:
     failed: dict[int | None, str] = field(default_factory=dict)
 
     @property
-    def changed(self) -> str:
-        """The settings that are not the preset's, as they are given after a model's name."""
-        changed = [run.summary.get("protocol", {}).get("changed settings", "none") for run in self.runs.values()]
-        return "" if not changed or changed[0] == "none" else changed[0].replace(", ", ":")
+    def what(self) -> str | None:
+        """What sets it apart from others of its model: the settings that are not the preset's; None where unknown."""
+        if not self.runs:
+            return None
+        changed = next(iter(self.runs.values())).summary.get("protocol", {}).get("changed settings", "none")
+        return "" if changed == "none" else ":" + changed.replace(", ", ":")
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -340,13 +349,13 @@ def _key(place: Path) -> tuple[str, ...]:
         return model, dataset, config
 
 
-def _controls(rows: Sequence[Row], plugins: Plugins) -> dict[str, str]:
-    """Return the controls of the hooks that rows were trained with, as far as those are still installed."""
-    controls = {}
-    for hook in dict.fromkeys(hook for row in rows for run in row.runs for hook in run.settings["hooks"]):
+def _hooks_of(row: Row, plugins: Plugins) -> list[HookSpec]:
+    """Return the hooks that a row was trained with, as far as they are still installed."""
+    hooks = []
+    for name in row.runs[0].settings["hooks"]:
         with suppress(InputError):
-            controls[hook] = plugins.load("hook", hook).control
-    return {hook: control for hook, control in controls.items() if control}
+            hooks.append(plugins.load("hook", name))
+    return hooks
 
 
 def _model_of(row: Row) -> str:
@@ -359,12 +368,12 @@ def _natural(path: Path) -> list[Any]:
 
 
 def _names(configs: Mapping[tuple[str, ...], _Config]) -> dict[tuple[str, ...], str]:
-    """Return what each configuration is called: its model and, where several have one, what was set or its hash."""
+    """Return what each configuration is called: its model and, where several have one, what was set, or its hash."""
     models = Counter(key[0] for key in configs)
-    names = {
-        key: key[0] if models[key[0]] == 1 else f"{key[0]}:{config.changed or key[-1]}"
-        for key, config in configs.items()
-    }
+    names = {}
+    for key, config in configs.items():
+        what = "" if models[key[0]] == 1 else config.what
+        names[key] = key[0] + (f":{key[-1]}" if what is None else what)
     counts = Counter(names.values())
     return {key: name if counts[name] == 1 else f"{key[0]}:{key[-1]}" for key, name in names.items()}
 

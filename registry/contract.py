@@ -247,7 +247,8 @@ class HookSpec:
     """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`.
 
     `excludes` are the hooks that no model can have besides it, each with the reason; `control` is the hook that stands
-    in its place in the model that shows what it adds.
+    in its place in the model that shows what it adds; a model that always has it is given `control_setting`,
+    `"key=value"`, for that.
     """
 
     name: str
@@ -256,6 +257,7 @@ class HookSpec:
     config: type[Config] = Config
     excludes: Mapping[str, str] = field(default_factory=dict)
     control: str = ""
+    control_setting: str = ""
     version: str = "1"
 
 

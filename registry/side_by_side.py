@@ -201,22 +201,18 @@ def _differences(comparison: Comparison) -> Table:
 
 
 def _effects(comparison: Comparison) -> Table:
+    controls = {name: comparison.controls[name][1] for name in comparison.effects}
+    hooks = list(dict.fromkeys(comparison.controls[name][0] for name in comparison.effects))
     rows: Rows = [
-        {"model": f"{name} − {comparison.pairs[name]}", **_compared(comparison, found)}
+        {"model": f"{name} − {controls[name]}", **_compared(comparison, found)}
         for name, found in comparison.effects.items()
     ]
-    hooks = [hook for hook in comparison.controls if any(hook in _hooks_of(name) for name in comparison.pairs)]
-    said = [f"{hook}: the same model with {comparison.controls[hook]} in its place" for hook in hooks]
     notes = [
-        f"Model minus its control on the test split ({'; '.join(said)}).",
+        f"A model with {' or '.join(hooks)} minus its control on the test split.",
         LOWER,
-        *_method(comparison, comparison.effects, comparison.pairs),
+        *_method(comparison, comparison.effects, controls),
     ]
     return Table(f"what {' and '.join(hooks)} {'adds' if len(hooks) == 1 else 'add'}", rows, notes)
-
-
-def _hooks_of(name: str) -> list[str]:
-    return name.partition(":")[0].split("+")[1:]
 
 
 def _compared(comparison: Comparison, difference: Difference) -> dict[str, str]:

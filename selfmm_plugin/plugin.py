@@ -55,6 +55,7 @@ ULGM = HookSpec(
     build=UlgmHook,
     config=UlgmConfig,
     control="heads",
+    control_setting="supervision=multimodal",
 )
 
 HEADS = HookSpec(

@@ -452,7 +452,7 @@ def test_metrics_that_are_chosen(compare):
 
 def test_what_a_hook_adds_is_measured_against_its_control(compare):
     made = compare(["mean", "mean+heads", "mean+ulgm", "mean+ulgm:batch_size=2"], config={"epochs": 3})
-    assert made.pairs == {"mean+ulgm": "mean+heads"}
+    assert made.controls == {"mean+ulgm": ("ulgm", "mean+heads")}
     tables = {row.name: np.stack([run.predictions["prediction"] for run in row.runs]) for row in made.rows}
     truth = made.rows[0].runs[0].predictions
     expected = compare_predictions(
@@ -462,12 +462,20 @@ def test_what_a_hook_adds_is_measured_against_its_control(compare):
     table = tables_of(made)[2]
     assert table.title == "what ulgm adds"
     assert [row["model"] for row in table.rows] == ["mean+ulgm − mean+heads"]
-    assert table.notes[0] == (
-        "Model minus its control on the test split (ulgm: the same model with heads in its place)."
-    )
+    assert table.notes[0] == "A model with ulgm minus its control on the test split."
     effect = json.loads(render(made, "json"))[2]["effect"]
     assert (effect["control"], effect["p_mae"]) == ("mean+heads", made.effects["mean+ulgm"].p_mae)
     assert made.frame()["MAE effect"].notna().tolist() == [False, False, True, False]
+
+
+def test_the_control_of_a_model_that_always_has_the_hook(tmp_path, encoder):
+    data = feature_file(tmp_path, sizes=SIZES)
+    given = {"data": data, "text_encoder": encoder, "label_range": 3.0, "seeds": (1, 2), "config": QUICK}
+    control = "self_mm:supervision=multimodal"
+    made = registry.compare(["self_mm", control], "custom", runs=tmp_path / "runs", watcher=Told(), **given)
+    assert made.controls == {"self_mm": ("ulgm", control)}
+    assert [row["model"] for row in tables_of(made)[2].rows] == [f"self_mm − {control}"]
+    assert made.effects["self_mm"].mean["MAE"] == pytest.approx(-made.differences[control].mean["MAE"])
 
 
 def test_a_chosen_epoch_that_no_generated_label_had_reached(compare):
@@ -716,7 +724,7 @@ def test_a_model_stands_before_the_same_with_a_hook(compare, tmp_path):
     compare(["mean+ulgm", "mean+heads", "mean"], seeds=(1,))
     found = collect([tmp_path / "runs"])
     assert [row.name for row in found.rows] == ["mean", "mean+heads", "mean+ulgm"]
-    assert found.pairs == {"mean+ulgm": "mean+heads"}
+    assert found.controls == {"mean+ulgm": ("ulgm", "mean+heads")}
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "config.json", "predictions.csv", "model.safetensors", "history.csv"])

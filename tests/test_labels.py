@@ -306,6 +306,14 @@ def test_a_long_training_says_where_every_epoch_is(benchmark, trained, tmp_path,
     assert "20 (best)" in out
 
 
+@pytest.mark.parametrize(("best", "vain"), [(1, True), (2, True), (3, False)])
+def test_a_best_epoch_before_any_label_had_moved_is_said(benchmark, trained, tmp_path, empty_folder, best, vain):
+    run = changed(trained, tmp_path)
+    (run.folder / "metrics.json").write_text(json.dumps({**run.summary, "best_epoch": best}))
+    out = benchmark("labels", run.folder)[1]
+    assert ("no label had moved before the best epoch, whose weights have seen human labels only" in out) == vain
+
+
 def test_json_and_nothing_else(benchmark, trained, tmp_path, empty_folder):
     table = load_run(trained.runs[0].folder).table("label_movement")
     table.loc[0, "Corr true"] = math.nan
