@@ -323,7 +323,7 @@ def _show_comparison(
         if target is None:
             sys.stdout.write(text)
         else:
-            write_file(target, lambda path: path.write_text(text, "utf-8"))
+            write_file(target, lambda path: path.write_text(text, "utf-8", errors="replace"))
             err.print(f"written to {escape(str(target))}", highlight=False, soft_wrap=True)
         return
     for made in tables_of(comparison, results):

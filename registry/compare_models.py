@@ -131,8 +131,7 @@ def compare(
     if all(row.reason is not None for row in done):
         kind = InputError if all_refused else BenchmarkError
         raise kind(f"no model could be trained: {done[0].reason}" if done else "there is no model to compare")
-    controls = controls_of({name: plan.hooks for name, plan in plans.items()})
-    return Comparison(dataset, done, metrics, controls)
+    return Comparison(dataset, done, metrics, controls_of(done, found))
 
 
 def _expand(models: Sequence[str], plugins: Plugins, watcher: Watcher) -> list[str]:

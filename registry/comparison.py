@@ -25,7 +25,7 @@ from .errors import InputError, unknown
 from .labels import generated_in_vain
 from .metrics import names_of
 from .plugins import Plugins
-from .runs import Run, fault_of, load_run
+from .runs import Run, fault_of, identity, load_run
 from .statistics import Difference, compare_predictions, video_of
 
 PRIMARY = "MAE"
@@ -139,10 +139,10 @@ class Comparison:
 
     @property
     def videos(self) -> list[str]:
-        """The test clips' videos; each clip is its own where the ids name only one, which could not be resampled."""
+        """The test clips' videos; each clip is its own where the ids name the split in a video's place."""
         ids = list(self.ok[0].runs[0].predictions["id"])
         videos = video_of(ids)
-        return videos if len(set(videos)) > 1 else ids
+        return ids if set(videos) <= {"train", "valid", "test"} else videos
 
     @cached_property
     def differences(self) -> dict[str, Difference]:
@@ -220,19 +220,39 @@ class Comparison:
         return rows
 
 
-def controls_of(hooks: Mapping[str, Sequence[HookSpec]]) -> dict[str, tuple[str, str]]:
-    """Return `Comparison.controls` of rows, by name, with these hooks."""
-    controls = {}
-    for name, specs in hooks.items():
-        model, colon, settings = name.partition(":")
-        parts = model.split("+")
-        for hook in specs:
-            control = f"{name}:{hook.control_setting}"
-            if hook.name in parts:
-                control = "+".join(hook.control if part == hook.name else part for part in parts) + colon + settings
-            if control in hooks:
-                controls[name] = hook.name, control
+def controls_of(rows: Sequence[Row], plugins: Plugins) -> dict[str, tuple[str, str]]:
+    """Return `Comparison.controls` of rows, by what their runs say and not by how the rows are called."""
+    controls: dict[str, tuple[str, str]] = {}
+    done = [(row.name, row.runs[0].settings) for row in rows if row.runs]
+    for name, settings in done:
+        for hook in settings["hooks"]:
+            with suppress(InputError):  # it is not installed any more
+                spec = plugins.load("hook", hook)
+                for other, its in done:
+                    if _is_control(its, settings, spec):
+                        controls[name] = hook, other
     return controls
+
+
+def _is_control(other: Mapping[str, Any], settings: Mapping[str, Any], hook: HookSpec) -> bool:
+    """Whether a run is another's without what a hook does: all that both have in common is the same."""
+    key, _, value = hook.control_setting.partition("=")
+    parts = settings["model"].split("+")
+    config, others = settings["config"], other["config"]
+    apart = set()
+    if hook.name in parts:
+        model = "+".join(hook.control if part == hook.name else part for part in parts)
+    else:
+        model, apart = settings["model"], {key, f"hook.{key}"}
+        if config.get(key) == value or others.get(key) != value:
+            return False
+    encoders = [(run["text_encoder"] or {}).get("sha256") for run in (settings, other)]
+    return (
+        other["model"] == model
+        and all(config[name] == others[name] for name in (config.keys() & others.keys()) - apart)
+        and settings["data"]["sha256"] == other["data"]["sha256"]
+        and encoders[0] == encoders[1]
+    )
 
 
 def check_metrics(names: Sequence[str], family: Literal["mosi", "sims"]) -> None:
@@ -303,13 +323,16 @@ def collect(
     _check_one_split([row for row in rows if row.runs])
     if reference is not None:
         meant = [row for row in rows if row.name == reference] or [row for row in rows if _model_of(row) == reference]
-        if len(meant) != 1:
+        if len(meant) > 1:
+            raise InputError(f"several rows have the model {reference!r}: {', '.join(row.name for row in meant)}")
+        if not meant:
             raise InputError(unknown("row", reference, [row.name for row in rows]))
+        if not meant[0].runs:
+            raise InputError(f"the row {meant[0].name!r} has no finished run: {meant[0].note}")
         rows.sort(key=lambda row: row is not meant[0])
     settings = rows[0].runs[0].settings
     check_metrics(metrics, settings["data"]["metrics"])
-    hooks = {row.name: _hooks_of(row, Plugins(plugins)) for row in rows if row.runs}
-    return Comparison(settings["dataset"], rows, metrics, controls_of(hooks))
+    return Comparison(settings["dataset"], rows, metrics, controls_of(rows, Plugins(plugins)))
 
 
 @dataclass
@@ -328,34 +351,34 @@ class _Config:
         return "" if changed == "none" else ":" + changed.replace(", ", ":")
 
 
+_MARKS = ("metrics.json", "config.json", "environment.json", "predictions.csv", "history.csv", "model.safetensors")
+
+
 def _run_folders(folder: Path) -> list[Path]:
-    """Return what looks like the folder of a run, whole or not."""
-    marks = [path for name in ("metrics.json", "environment.json", "predictions.csv") for path in folder.rglob(name)]
+    """Return what looks like the folder of a run, whole or not: it has at least two of a run's files."""
+    marks = [path for name in _MARKS for path in folder.rglob(name)]
     shown = [path for path in marks if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return list(dict.fromkeys(path.parent for path in shown))
+    return [place for place, count in Counter(path.parent for path in shown).items() if count > 1]
 
 
 def _key(place: Path) -> tuple[str, ...]:
-    """Return model, dataset and configuration of a run or of what is left of one.
+    """Return model, dataset and configuration of a run, by content: its seeds may lie in several places.
 
-    By content where it can be read, and not by place: a configuration's seeds may come from several machines.
+    What cannot be read, and the log of a failed seed, is of the configuration of the seeds beside it, or else of the
+    one that the path names.
     """
-    *_, model, dataset, config, name = ("", "", "", *place.resolve().parts)
-    try:
-        settings = Run(place).settings
-        key = (settings["model"], settings["dataset"], config)
-        return (*key, name) if settings["seed"] is None else key  # an imported checkpoint is no seed of the others
-    except (InputError, KeyError, TypeError):
-        return model, dataset, config
-
-
-def _hooks_of(row: Row, plugins: Plugins) -> list[HookSpec]:
-    """Return the hooks that a row was trained with, as far as they are still installed."""
-    hooks = []
-    for name in row.runs[0].settings["hooks"]:
-        with suppress(InputError):
-            hooks.append(plugins.load("hook", name))
-    return hooks
+    beside = sorted(entry for entry in place.resolve().parent.iterdir() if entry.is_dir())
+    for folder in (place, *beside):
+        if fault_of(folder) is None:
+            settings = dict(Run(folder).settings)
+            seed = settings.pop("seed")
+            settings.pop("preset", None)
+            settings["text_encoder"] = (settings["text_encoder"] or {}).get("sha256")
+            key = (settings["model"], settings["dataset"], identity(settings))
+            # An imported checkpoint is no seed of the others.
+            return (*key, folder.name) if seed is None and folder == place else key
+    *_, model, dataset, config, _ = ("", "", "", *place.resolve().parts)
+    return model, dataset, config
 
 
 def _model_of(row: Row) -> str:

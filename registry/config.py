@@ -302,8 +302,8 @@ def _for_field(info: FieldInfo, value: Any) -> Any:
     if any(typing.get_origin(kind) is tuple for kind in wanted):
         if isinstance(value, str):
             parts = [part.strip() for part in value.split(",") if part.strip()]
-            of_text = any(str in typing.get_args(kind) for kind in wanted)
-            return tuple(parts if of_text else map(_read_value, parts))
+            of_numbers = any({int, float} & {*typing.get_args(kind)} for kind in wanted)
+            return tuple(map(_read_value, parts) if of_numbers else parts)
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
         value = value.item()

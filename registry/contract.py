@@ -246,9 +246,9 @@ class ModelSpec:
 class HookSpec:
     """A training hook; `build(config, train: TrainingData, feature_dims: dict[str, int]) -> TrainingHook`.
 
-    `excludes` are the hooks that no model can have besides it, each with the reason; `control` is the hook that stands
-    in its place in the model that shows what it adds; a model that always has it is given `control_setting`,
-    `"key=value"`, for that.
+    `excludes` are the hooks that no model can have besides it, each with the reason; `control` is the hook
+    that replaces it in the run that shows what it adds; in a model that always has it, `control_setting` as
+    `"key=value"` makes that run.
     """
 
     name: str

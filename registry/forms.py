@@ -66,7 +66,8 @@ def _markdown(comparison: Comparison, published: Sequence[PublishedResult], name
         return f"| {' | '.join(cells)} |"
 
     def cell(text: str) -> str:
-        escaped = _with_minus(text).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+        escaped = re.sub(r"([\\`*\[\]|])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text).replace("<", "&lt;")
+        escaped = _with_minus(escaped) if _FIGURE.fullmatch(text) else escaped
         return f"**{escaped}**" if isinstance(text, Best) else escaped
 
     parts = []
@@ -83,7 +84,7 @@ _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"},
     **{"±": r"$\pm$", "–": "--", "†": r"$\dagger$", "≥": r"$\ge$", "≤": r"$\le$", "[": "{[}", "|": r"\textbar{}"},
-    **{"−": "$-$", "…": r"\ldots{}", "²": "$^2$", "³": "$^3$"},
+    **{"−": "$-$", "…": r"\ldots{}", "²": "$^2$", "³": "$^3$", "√": r"$\surd$"},
 }
 _TEXT_WIDTH = 343.0
 """Points that a table may take: the text of LaTeX's own classes is 345 wide."""
@@ -96,7 +97,9 @@ def _latex(comparison: Comparison, published: Sequence[PublishedResult], name: s
     for table in tables_of(comparison, published):
         title = f"{table.title[0].upper()}{table.title[1:]}"
         label = "tab:" + "-".join("".join(c if c.isalnum() else " " for c in f"{name} {table.title}").split())
-        tabulars = [_tabular(piece) for piece in split(table, lambda piece: _points(piece) < _TEXT_WIDTH)]
+        pieces = split(table, lambda piece: _points(piece) < _TEXT_WIDTH)
+        starts = range(0, len(table.rows), _MOST_LINES)
+        tabulars = [_tabular(piece[start : start + _MOST_LINES]) for piece in pieces for start in starts]
         a_float = max(1, _MOST_LINES // (len(table.rows) + 3))
         for start in range(0, len(tabulars), a_float):
             caption = f"{title}. {table.notes[0]}" if start == 0 else f"{title}, continued."
@@ -151,7 +154,7 @@ def _points_of(text: str) -> float:
 
 def _escaped(text: str) -> str:
     """Return text for LaTeX; two hyphens would become a dash."""
-    text = _with_minus(text).replace("--", "-\0-")
+    text = re.sub("-(?=-)", "-\0", _with_minus(text))
     return "".join(_LATEX.get(character, character) for character in text).replace("\0", "{}")
 
 

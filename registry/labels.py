@@ -164,7 +164,7 @@ def generated_in_vain(run: Run) -> bool:
     if run.best_epoch is None or "label_movement" not in run.summary["artifacts"]:
         return False
     movement = run.table("label_movement")
-    if not {"epoch", "distance"} <= set(movement):
+    if not {"epoch", "distance"} <= set(movement.select_dtypes("number")):
         return False
     return not movement.loc[movement["epoch"] < run.best_epoch, "distance"].gt(0).any()
 

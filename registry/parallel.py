@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from threading import Thread
 from typing import Any
 
@@ -40,6 +40,7 @@ def at_once(jobs: int, work: Work, watcher: Watcher, before: Before) -> Iterator
     """Train several models at a time, each in a process, and yield them as they end."""
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and the GPU's state
     progress = context.Queue()
+    progress.cancel_join_thread()  # a process that was killed may hold its lock for ever
     watchers = {name: watcher.beside(name) for name in work}
     listener = Thread(target=_listen, args=(progress, watchers), daemon=True)
     listener.start()
@@ -48,7 +49,6 @@ def at_once(jobs: int, work: Work, watcher: Watcher, before: Before) -> Iterator
         names = {pool.submit(_train_elsewhere, name, options): name for name, options in work.items()}
         for number, future in enumerate(as_completed(names), 1):
             name = names[future]
-            watchers[name].end()
             if before:
                 before(f"{name} has ended", number, len(work))
             try:
@@ -74,7 +74,8 @@ def _listen(progress: Any, watchers: Mapping[str, Watcher]) -> None:
     """Pass on what the processes tell, until None comes."""
     while told := progress.get():
         name, call, *what = told
-        getattr(watchers[name], call)(*what)
+        with suppress(Exception):  # what is shown must not stop what is trained
+            getattr(watchers[name], call)(*what)
 
 
 _progress: Any = None
@@ -109,6 +110,7 @@ def _train_elsewhere(name: str, options: dict[str, Any]) -> tuple[Row, bool, lis
         os._exit(128 + signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        told.end()
 
 
 def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, bool]:
@@ -146,6 +148,9 @@ class _Teller(Watcher):
 
     def epoch(self, record: Epoch) -> None:
         self._send("epoch", record)
+
+    def end(self) -> None:
+        self._send("end")
 
     def _send(self, *what: Any) -> None:
         _progress.put((self._name, *what))

@@ -27,7 +27,7 @@ def make_watcher(console: Console | None = None) -> Iterator[Watcher]:
         yield PlainWatcher(console)
         return
     columns = (
-        TextColumn("{task.fields[seed]}"),
+        TextColumn("{task.fields[seed]}", markup=False),
         BarColumn(max(6, min(40, console.width - 74))),  # the rest is what 80 columns have to show
         TextColumn("epoch {task.fields[epoch]}  {task.fields[figures]}"),
         _TimeLeft(table_column=Column(no_wrap=True)),
@@ -105,5 +105,6 @@ class LiveWatcher(PlainWatcher):
         self._update(figures=best if self.name else f"loss {record.train_loss:.3f}  {best}")
 
     def _update(self, **fields: object) -> None:
-        assert self.task is not None
+        if self.task is None:  # it has ended
+            return
         self.progress.update(self.task, **fields)  # type: ignore[arg-type]

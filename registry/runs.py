@@ -363,6 +363,8 @@ def fault_of(folder: Path) -> str | None:
     summary, metrics = found[FINISHED], found[FINISHED]["metrics"]
     if not isinstance(metrics, dict) or not all(isinstance(v, (int, float, type(None))) for v in metrics.values()):
         return f"{FINISHED} is broken: its metrics are no numbers"
+    if not isinstance(summary["artifacts"], list) or not isinstance(summary.get("lines", {}), dict):
+        return f"{FINISHED} is broken: it does not list its tables"
     try:
         with safe_open(folder / WEIGHTS, "np"):  # checks the header and the file's length
             pass
@@ -373,7 +375,10 @@ def fault_of(folder: Path) -> str | None:
         path = folder / f"{name}.csv"
         if not path.is_file():
             return f"{path.name} is missing"
-        lines = _lines(path)
+        try:
+            lines = _lines(path)
+        except OSError as error:
+            return f"{path.name} cannot be read ({error.strerror})"
         written = summary.get("lines", {}).get(name, lines)
         if not lines or lines != written:
             return f"{path.name} is broken: it has {lines} lines, and was written with {written}"

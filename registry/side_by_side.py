@@ -17,6 +17,7 @@ from .tables import Best, Rows
 
 NOTHING = "–"
 BEST = "The best mean of a metric is bold"
+FEW_SEEDS = 5
 LOWER = "A lower MAE is better, everything else higher."
 KINDS = {"paper": "papers", "upstream": "upstream's table", "re-run": "independent re-runs"}
 _OWN_COLUMN = {"text encoder", "tuned for", "data"}
@@ -103,18 +104,26 @@ def _results(comparison: Comparison) -> Table:
     some = len(several) < len(comparison.ok)
     seeds = {tuple(row.seeds) for row in comparison.ok}
     notes = [
-        f"Test split of {comparison.dataset}: mean ± sample standard deviation over seeds"
-        + (f" {ranges(next(iter(seeds)))}." if len(seeds) == 1 else ", which are not the same in all rows."),
+        f"Test split of {comparison.dataset}{_over(seeds)}.",
         BEST + (", of rows with more than one seed." if some else "."),
         *_protocol(comparison.ok),
         "Columns: text, whether the text encoder was trained with the model; tuned for, the text encoder that the "
         "hyper-parameters were published for; parameters, those of the network that are trained, without heads that "
-        f"only training has; s/epoch, seconds of training an epoch, the first one left out, {_where(comparison.ok)}.",
+        f"only training has; s/epoch, seconds of training an epoch, the first left out where there are more, "
+        f"{_where(comparison.ok)}.",
         *_in_vain(comparison.ok),
     ]
     if comparison.reference is None and comparison.ok:
         notes.append(f"No differences: the first row, {comparison.rows[0].name}, has no finished run.")
     return Table(f"results on {comparison.dataset}", rows, notes)
+
+
+def _over(seeds: set[tuple[int, ...]]) -> str:
+    """Return what the figures are of, by the seeds of the rows."""
+    if max(map(len, seeds), default=0) < 2:
+        return f", seed {ranges(next(iter(seeds)))}" if len(seeds) == 1 and any(seeds) else ""
+    what = f" {ranges(next(iter(seeds)))}" if len(seeds) == 1 else ", which are not the same in all rows"
+    return f": mean ± sample standard deviation over seeds{what}"
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -208,7 +217,8 @@ def _effects(comparison: Comparison) -> Table:
         for name, found in comparison.effects.items()
     ]
     notes = [
-        f"A model with {' or '.join(hooks)} minus its control on the test split.",
+        f"A model with {' or '.join(hooks)} minus its control on the test split. A pair that stands among the "
+        "differences too has its p there corrected over other rows.",
         LOWER,
         *_method(comparison, comparison.effects, controls),
     ]
@@ -238,11 +248,13 @@ def _method(comparison: Comparison, found: Mapping[str, Difference], references:
     judged = sum(not math.isnan(difference.p_mae) for difference in found.values())
     notes = [
         f"In brackets 95 % intervals of {DRAWS:,} bootstrap draws that resample {drawn} and, for each model on its "
-        "own, its seeds.",
+        "own, its seeds (their spread stretched by √(S/(S−1)) for S seeds).",
         f"p: two-sided, for MAE alone, Holm-corrected over {_count(judged, 'row')}; other metrics have intervals only.",
     ]
     seeds = {row.name: len(row.runs) for row in comparison.ok}
     single = dict.fromkeys(name for pair in references.items() for name in pair if seeds[name] == 1)
+    if any(1 < seeds[name] < FEW_SEEDS for pair in references.items() for name in pair):
+        notes.append(f"With fewer than {FEW_SEEDS} seeds intervals are somewhat too narrow and p too small.")
     if single:
         notes.append(f"One seed only, so that an interval leaves training out and there is no p: {', '.join(single)}.")
     return notes

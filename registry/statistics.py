@@ -65,7 +65,8 @@ def compare_predictions(
     """Return how models differ from a reference, by a paired bootstrap over videos and seeds.
 
     A draw takes as many videos as there are, with replacement and the same ones for all models, and likewise seeds,
-    for each model on its own. A model's figure is its metric on the clips drawn, as a mean over the seeds drawn. The
+    for each model on its own. A model's figure is its metric on the clips drawn, as a mean over the seeds drawn, whose
+    distance from the mean over all S seeds is stretched by √(S / (S − 1)): S values drawn from S vary too little. The
     intervals are percentiles of the differences. A two-sided p-value says whether the MAE differs, corrected for their
     number by Holm's step-down procedure; nothing else about a model depends on the others. With one seed an interval
     leaves training out, and holds for that seed only.
@@ -149,7 +150,9 @@ class _VideoSums:
     def resampled(self, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the metrics (M, D) as means over seeds, which are drawn as well."""
         seeds = len(self.pred)
-        times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(weights))
+        times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(weights)).astype(np.float64)
+        # Means of S values drawn from S vary by (S - 1) / S of what they should.
+        times = 1 + (times - 1) * (seeds / max(1, seeds - 1)) ** 0.5
         starts = range(0, len(weights), _CHUNK)
         chunks = [(self.scores(weights[i : i + _CHUNK]) * times[i : i + _CHUNK]).sum(axis=2) for i in starts]
         return np.concatenate(chunks, axis=1) / seeds

@@ -187,7 +187,7 @@ class _Case:
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         missed = [name for name, parameter in trainable if parameter.grad is None]
         if missed:
-            still = " (what is to stay as it is says so: requires_grad_(False))"
+            still = " (freeze what is not to be trained with requires_grad_(False))"
             raise _Fault(f"{len(missed)} of {len(trainable)} parameters get none: {', '.join(missed[:3])}{still}")
         groups = make_optimizer(self.model, [], self.config).param_groups
         trained = {id(parameter) for group in groups for parameter in group["params"]}

@@ -63,11 +63,11 @@ class Watcher:
         """An epoch is trained and validated."""
 
     def beside(self, name: str) -> Watcher:
-        """Return what is told of one of several models that are trained at once."""
+        """Return what is told of one of several models that are trained at once, in another thread."""
         return self
 
     def end(self) -> None:
-        """The model's last seed is done."""
+        """The last seed of one of several models is done."""
 
 
 def _warn(text: str) -> None:

@@ -462,7 +462,7 @@ def test_what_a_hook_adds_is_measured_against_its_control(compare):
     table = tables_of(made)[2]
     assert table.title == "what ulgm adds"
     assert [row["model"] for row in table.rows] == ["mean+ulgm − mean+heads"]
-    assert table.notes[0] == "A model with ulgm minus its control on the test split."
+    assert table.notes[0].startswith("A model with ulgm minus its control on the test split.")
     effect = json.loads(render(made, "json"))[2]["effect"]
     assert (effect["control"], effect["p_mae"]) == ("mean+heads", made.effects["mean+ulgm"].p_mae)
     assert made.frame()["MAE effect"].notna().tolist() == [False, False, True, False]
@@ -713,10 +713,67 @@ def test_collect_takes_a_reference(compare, tmp_path):
         collect([tmp_path / "runs"], reference="plein")
 
 
+def test_a_control_is_one_by_its_settings_and_not_by_its_name(compare, tmp_path):
+    more = {"weight_decay": 0.1}
+    compare(["mean+ulgm", "mean+heads"], seeds=(1,), config=more)
+    compare(["mean+heads"], seeds=(1,))
+    found = collect([tmp_path / "runs"])
+    own = next(row for row in found.rows if row.name == "mean+ulgm")
+    (control,) = [row for row in found.rows if row.name == found.controls["mean+ulgm"][1]]
+    assert own.runs[0].settings["config"]["weight_decay"] == control.runs[0].settings["config"]["weight_decay"] == 0.1
+    shutil.rmtree(control.runs[0].folder)
+    assert collect([tmp_path / "runs"]).effects == {}
+
+
+def test_a_configuration_is_one_by_what_it_says_and_not_by_where_it_lies(compare, tmp_path):
+    made = compare(["mean", "mean:batch_size=2"], seeds=(1, 2))
+    first, second = (row.runs for row in made.rows)
+    for number, run in enumerate([*first, second[0]]):
+        shutil.copytree(run.folder, tmp_path / "moved" / str(number) / "it")
+    (tmp_path / "moved/0/3.failed.log").write_text("it broke\n")
+    found = collect([tmp_path / "moved"])
+    assert sorted((row.seeds, row.note) for row in found.rows) == [([1], ""), ([1, 2], "1 of 3 seeds failed: it broke")]
+
+
+def test_files_of_the_user_are_no_run(compare, tmp_path):
+    compare(["mean"], seeds=(1,))
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "runs/notes/predictions.csv").write_text("mine")
+    assert [row.name for row in collect([tmp_path / "runs"]).rows] == ["mean"]
+
+
+def test_a_reference_that_failed_is_no_reference(compare, tmp_path):
+    compare(["half_bad", "mean"], seeds=(2,))
+    with pytest.raises(InputError, match="the row 'half_bad' has no finished run: 1 of 1 seeds failed: RuntimeError"):
+        collect([tmp_path / "runs"], reference="half_bad")
+
+
+def test_clips_of_one_video_are_one(compare, tmp_path, monkeypatch):
+    made = compare(["mean", "plain"])
+    table = made.rows[0].runs[0].predictions
+    monkeypatch.setattr(
+        type(made.rows[0].runs[0]), "predictions", table.assign(id=[f"film$_${i}" for i in table.index])
+    )
+    assert set(made.videos) == {"film"}
+    assert "the test split has 1 video, fewer than 10" in " ".join(tables_of(made)[1].notes)
+
+
+def test_captions_of_one_seed_and_of_none(compare):
+    made = compare(["mean"], seeds=(7,))
+    assert tables_of(made)[0].notes[0] == "Test split of custom, seed 7."
+
+
+def test_markdown_escapes(compare, monkeypatch):
+    comparison = compare(["mean"], seeds=(1,))
+    monkeypatch.setattr(type(comparison.rows[0]), "note", "__init__() of a_b `x` [1](2) -3 \\ \udce9")
+    text = render(comparison, "markdown")
+    assert r"\__init\__() of a_b \`x\` \[1\](2) -3 \\ " in text
+
+
 def test_collect_finds_a_row_by_its_model(compare, tmp_path):
     compare(["mean", "mean:learning_rate=0.5", "plain:batch_size=2"])
     assert collect([tmp_path / "runs"], reference="plain").reference.name == "plain"
-    with pytest.raises(InputError, match="unknown row 'mean'"):  # two have it
+    with pytest.raises(InputError, match="several rows have the model 'mean'"):
         collect([tmp_path / "runs"], reference="mean")
 
 

@@ -105,8 +105,9 @@ def test_every_figure_against_a_plain_bootstrap(monkeypatch: pytest.MonkeyPatch)
         drawn[model] = []
         for draw in range(draws):
             clips = np.arange(len(truth)).repeat(times[draw][video])
-            scores = [regression(row[clips], truth[clips], "sims") for row in rows.repeat(seeds[draw], axis=0)]
-            drawn[model].append({metric: float(np.mean([score[metric] for score in scores])) for metric in scores[0]})
+            scores = [regression(row[clips], truth[clips], "sims") for row in rows]
+            stretched = 1 + (seeds[draw] - 1) * (len(rows) / (len(rows) - 1)) ** 0.5
+            drawn[model].append({m: float(np.mean([s[m] for s in scores] * stretched)) for m in scores[0]})
     found = compare_predictions(truth, predictions, videos, "sims", reference="base", draws=draws, seed=7)["ours"]
     for metric in drawn["ours"][0]:
         changes = [own[metric] - other[metric] for own, other in zip(drawn["ours"], drawn["base"], strict=True)]
@@ -127,8 +128,10 @@ def test_draws_of_seeds_follow_their_known_distribution() -> None:
     shifts = np.array([[1.0], [3.0]])  # whichever clips are drawn, a mean error of 1, 2 or 3: 1/4, 1/2, 1/4
     predictions = {"exact": truth[None].repeat(2, axis=0), "shifted": truth + shifts, "close": truth + shifts[[0, 0]]}
     found = compare_predictions(truth, predictions, ["x", "y", "z"], "mosi", reference="exact")
-    assert [found["shifted"].mean["MAE"], found["shifted"].low["MAE"], found["shifted"].high["MAE"]] == [2, 1, 3]
-    assert [found["close"].low["MAE"], found["close"].high["MAE"]] == [1, 1]
+    shifted = found["shifted"]
+    # The distance of 1 from the mean over the seeds, stretched by √(2 / 1).
+    assert [shifted.mean["MAE"], shifted.low["MAE"], shifted.high["MAE"]] == pytest.approx([2, 2 - 2**0.5, 2 + 2**0.5])
+    assert [found["close"].low["MAE"], found["close"].high["MAE"]] == pytest.approx([1, 1])
     assert found["close"].p_mae == pytest.approx(2 * 2 / 10_001)  # the least that there is, for two rows
 
 

@@ -280,7 +280,8 @@ def test_a_parameter_that_gets_no_gradient():
 
     assert only_fault(Idle) == (
         GRADIENTS,
-        "2 of 6 parameters get none: idle.weight, idle.bias (what is to stay as it is says so: requires_grad_(False))",
+        "2 of 6 parameters get none: idle.weight, idle.bias "
+        "(freeze what is not to be trained with requires_grad_(False))",
     )
 
 
