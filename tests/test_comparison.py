@@ -767,7 +767,7 @@ def test_markdown_escapes(compare, monkeypatch):
     comparison = compare(["mean"], seeds=(1,))
     monkeypatch.setattr(type(comparison.rows[0]), "note", "__init__() of a_b `x` [1](2) -3 \\ \udce9")
     text = render(comparison, "markdown")
-    assert r"\__init\__() of a_b \`x\` \[1\](2) -3 \\ " in text
+    assert r"\_\_init\_\_() of a_b \`x\` \[1\](2) -3 \\ " in text
 
 
 def test_collect_finds_a_row_by_its_model(compare, tmp_path):
