@@ -67,7 +67,8 @@ def _markdown(comparison: Comparison, published: Sequence[PublishedResult], name
 
     def cell(text: str) -> str:
         escaped = re.sub(r"([\\`*\[\]|])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text).replace("<", "&lt;")
-        escaped = _with_minus(escaped) if _FIGURE.fullmatch(text) else escaped
+        if _FIGURE.fullmatch(text):
+            escaped = _with_minus(text)
         return f"**{escaped}**" if isinstance(text, Best) else escaped
 
     parts = []
