@@ -319,6 +319,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_one_that_started_it(tmp_path, plugin, sign):
     source = Path(plugin).read_text() + spelled(SLOW)
