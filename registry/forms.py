@@ -171,7 +171,8 @@ th:first-child, td:first-child { position: sticky; left: 0; background: white; }
 small { display: block; color: #555; font-size: 0.8em; }
 ul { max-width: 60rem; color: #444; padding-left: 1.2rem; font-size: 0.93rem; }
 @page { size: A4 landscape; margin: 1cm; }
-@media print { body { margin: 0; } div { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1px 3px; } .text { min-width: 0; } }
+@media print {
+  body { margin: 0; } div { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1px 3px; } .text { min-width: 0; } }
 """
 
 
