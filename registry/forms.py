@@ -172,7 +172,9 @@ small { display: block; color: #555; font-size: 0.8em; }
 ul { max-width: 60rem; color: #444; padding-left: 1.2rem; font-size: 0.93rem; }
 @page { size: A4 landscape; margin: 1cm; }
 @media print {
-  body { margin: 0; } div { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1px 3px; } .text { min-width: 0; } }
+  body { margin: 0; } div { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1px 3px; }
+  .text { min-width: 0; }
+}
 """
 
 
