@@ -156,15 +156,16 @@ def run(
     job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache")
     folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
-    require_no_strangers(target for target in wanted if force or not finished(target))
+    faults = {target: fault_of(target) for target in wanted}
+    require_no_strangers(target for target, fault in faults.items() if force or fault)
     done: list[SeedRun] = []
     protocol = job.protocol()
-    kept = [seed for seed in seeds if finished(folder / str(seed)) and not force]
+    kept = [seed for seed, fault in zip(seeds, faults.values(), strict=True) if fault is None and not force]
     if kept:
         watcher.note(_kept_note(kept, folder, plan.sources))
-    for seed in seeds:
-        if seed not in kept and (folder / str(seed)).exists() and not force:
-            watcher.note(f"{folder / str(seed)} is trained again: {fault_of(folder / str(seed))}")
+    for target, fault in faults.items():
+        if fault and target.exists() and not force:
+            watcher.note(f"{target} is trained again: {fault}")
     for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
         if force or not finished(target):  # perhaps by another process, meanwhile

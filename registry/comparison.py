@@ -25,7 +25,7 @@ from .errors import InputError, unknown
 from .labels import generated_in_vain
 from .metrics import names_of
 from .plugins import Plugins
-from .runs import Run, fault_of, identity, load_run
+from .runs import Run, fault_of, identity
 from .statistics import Difference, compare_predictions, video_of
 
 PRIMARY = "MAE"
@@ -137,7 +137,7 @@ class Comparison:
         found = sorted(self.ok[0].runs[0].metrics, key=lambda name: name != "Corr") if self.ok else []
         return list(dict.fromkeys([PRIMARY, *(self.only or found)])) if found else []
 
-    @property
+    @cached_property
     def videos(self) -> list[str]:
         """The test clips' videos; each clip is its own where the ids name the split in a video's place."""
         ids = list(self.ok[0].runs[0].predictions["id"])
@@ -183,17 +183,16 @@ class Comparison:
                 "seeds": len(row.runs),
                 "which seeds": ",".join(map(str, row.seeds)),
             }
+            of_row = {"difference": self.differences.get(row.name), "effect": self.effects.get(row.name)}
+            compared = {what: difference for what, difference in of_row.items() if difference}
             for name in self.metrics:
                 record[name] = row.mean.get(name)
                 record[f"{name} sd"] = row.std[name] if row.std else None
-                for what, found in (("difference", self.differences), ("effect", self.effects)):
-                    if difference := found.get(row.name):
-                        record[f"{name} {what}"] = difference.mean[name]
-                        record[f"{name} {what} low"] = difference.low[name]
-                        record[f"{name} {what} high"] = difference.high[name]
-            for what, found in (("difference", self.differences), ("effect", self.effects)):
-                if difference := found.get(row.name):
-                    record[f"MAE {what} p"] = difference.p_mae
+                for what, difference in compared.items():
+                    record[f"{name} {what}"] = difference.mean[name]
+                    record[f"{name} {what} low"] = difference.low[name]
+                    record[f"{name} {what} high"] = difference.high[name]
+            record |= {f"MAE {what} p": difference.p_mae for what, difference in compared.items()}
             record |= {"parameters": row.parameters, "seconds an epoch": row.seconds_per_epoch, "note": row.note}
             records.append(record)
         return pd.DataFrame(records)
@@ -297,9 +296,10 @@ def collect(
         for log in folder.rglob(f"*{FAILED_LOG}"):
             faults[log] = log.read_text("utf-8", "replace").partition("\n")[0]
         for place, fault in sorted(faults.items(), key=lambda item: _natural(item[0])):
-            config = configs.setdefault(_key(place), _Config())
+            beside = [other for other in found if found[other] is None and other.parent == place.parent]
+            config = configs.setdefault(_key(place, [place] if fault is None else beside), _Config())
             if fault is None:
-                run = load_run(place)
+                run = Run(place)
                 config.runs.setdefault(run.settings["seed"], run)
             else:
                 seed = place.name.removesuffix(FAILED_LOG)
@@ -361,22 +361,19 @@ def _run_folders(folder: Path) -> list[Path]:
     return [place for place, count in Counter(path.parent for path in shown).items() if count > 1]
 
 
-def _key(place: Path) -> tuple[str, ...]:
+def _key(place: Path, whole: Sequence[Path]) -> tuple[str, ...]:
     """Return model, dataset and configuration of a run, by content: its seeds may lie in several places.
 
-    What cannot be read, and the log of a failed seed, is of the configuration of the seeds beside it, or else of the
-    one that the path names.
+    What cannot be read, and the log of a failed seed, is of the configuration of the runs beside it, which are whole,
+    or else of the one that the path names.
     """
-    beside = sorted(entry for entry in place.resolve().parent.iterdir() if entry.is_dir())
-    for folder in (place, *beside):
-        if fault_of(folder) is None:
-            settings = dict(Run(folder).settings)
-            seed = settings.pop("seed")
-            settings.pop("preset", None)
-            settings["text_encoder"] = (settings["text_encoder"] or {}).get("sha256")
-            key = (settings["model"], settings["dataset"], identity(settings))
-            # An imported checkpoint is no seed of the others.
-            return (*key, folder.name) if seed is None and folder == place else key
+    if whole:
+        settings = dict(Run(whole[0]).settings)
+        seed = settings.pop("seed")
+        settings.pop("preset", None)
+        settings["text_encoder"] = (settings["text_encoder"] or {}).get("sha256")
+        key = (settings["model"], settings["dataset"], identity(settings))
+        return (*key, place.name) if seed is None and whole[0] == place else key  # an import is no seed of the others
     *_, model, dataset, config, _ = ("", "", "", *place.resolve().parts)
     return model, dataset, config
 
@@ -402,11 +399,11 @@ def _names(configs: Mapping[tuple[str, ...], _Config]) -> dict[tuple[str, ...], 
 
 
 def _check_one_split(rows: Sequence[Row]) -> None:
-    first = rows[0].runs[0]
-    columns = ["id", "label"]
+    first, columns = rows[0].runs[0], ["id", "label"]
+    clips = first.predictions[columns]
     for run in (run for row in rows for run in row.runs):
         same = run.settings["data"]["metrics"] == first.settings["data"]["metrics"]
-        if not same or not run.predictions[columns].equals(first.predictions[columns]):
+        if not same or not run.predictions[columns].equals(clips):
             raise InputError(
                 f"{run.folder} and {first.folder} were tested on different clips or labels: "
                 "name runs of one dataset and file"

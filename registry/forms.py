@@ -57,6 +57,12 @@ def is_figures(cells: Sequence[str]) -> bool:
     return any(cells) and all(cell[:1] in "+-0123456789<–" for cell in cells)
 
 
+def _parts(text: str) -> Sequence[str]:
+    """Return a mean and its spread or interval; other text has none."""
+    figure = _FIGURE.fullmatch(text)
+    return figure.groups() if figure else (text, "")
+
+
 def _with_minus(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
@@ -77,7 +83,7 @@ def _markdown(comparison: Comparison, published: Sequence[PublishedResult], name
         lines = [line([*columns]), line(["---:" if right else "---" for right in columns.values()])]
         lines += [line([cell(row[column]) for column in columns]) for row in table.rows]
         notes = "\n".join(f"- {cell(note)}" for note in table.notes)
-        parts.append(f"**{table.title[0].upper()}{table.title[1:]}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n")
+        parts.append(f"**{table.heading}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n")
     return "\n".join(parts)
 
 
@@ -96,14 +102,13 @@ _MOST_LINES = 50
 def _latex(comparison: Comparison, published: Sequence[PublishedResult], name: str) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for table in tables_of(comparison, published):
-        title = f"{table.title[0].upper()}{table.title[1:]}"
         label = "tab:" + "-".join("".join(c if c.isalnum() else " " for c in f"{name} {table.title}").split())
         pieces = split(table, lambda piece: _points(piece) < _TEXT_WIDTH)
         starts = range(0, len(table.rows), _MOST_LINES)
         tabulars = [_tabular(piece[start : start + _MOST_LINES]) for piece in pieces for start in starts]
         a_float = max(1, _MOST_LINES // (len(table.rows) + 3))
         for start in range(0, len(tabulars), a_float):
-            caption = f"{title}. {table.notes[0]}" if start == 0 else f"{title}, continued."
+            caption = f"{table.heading}. {table.notes[0]}" if start == 0 else f"{table.heading}, continued."
             lines = [
                 "\\begin{table}[t]",
                 f"\\caption{{{_escaped(caption)}}}",
@@ -122,8 +127,7 @@ def _latex(comparison: Comparison, published: Sequence[PublishedResult], name: s
 
 def _tabular(rows: Rows) -> str:
     def cell(text: str) -> str:
-        figure = _FIGURE.fullmatch(text)
-        mean, spread = figure.groups() if figure else (text, "")
+        mean, spread = _parts(text)
         mean = f"\\textbf{{{_escaped(mean)}}}" if isinstance(text, Best) else _escaped(mean)
         return f"{mean}{{\\tiny\\,{_escaped(spread)}}}" if spread else mean
 
@@ -148,8 +152,7 @@ def _points(rows: Rows) -> float:
 
 
 def _points_of(text: str) -> float:
-    figure = _FIGURE.fullmatch(text)
-    mean, spread = figure.groups() if figure else (text, "")
+    mean, spread = _parts(text)
     return 4.15 * len(mean) + 3.1 * len(spread)
 
 
@@ -180,8 +183,7 @@ ul { max-width: 60rem; color: #444; padding-left: 1.2rem; font-size: 0.93rem; }
 
 def _html(comparison: Comparison, published: Sequence[PublishedResult], name: str) -> str:
     def cell(text: str) -> str:
-        figure = _FIGURE.fullmatch(text)
-        mean, spread = (html.escape(_with_minus(part)) for part in (figure.groups() if figure else (text, "")))
+        mean, spread = (html.escape(_with_minus(part)) for part in _parts(text))
         mean = f"<b>{mean}</b>" if isinstance(text, Best) else mean
         return f"{mean}<small>{spread}</small>" if spread else mean
 
@@ -200,7 +202,7 @@ def _html(comparison: Comparison, published: Sequence[PublishedResult], name: st
             column: ' class="figure"' if is_figures(cells) else ' class="text"' * (max(map(len, cells)) > 50)
             for column, cells in columns.items()
         }
-        parts.append(f"<h2>{html.escape(table.title[0].upper() + table.title[1:])}</h2>\n<div><table>")
+        parts.append(f"<h2>{html.escape(table.heading)}</h2>\n<div><table>")
         parts.append(f"<thead>{row_of('th', [*map(html.escape, columns)])}</thead>\n<tbody>")
         parts += [row_of("td", [cell(text) for text in row.values()]) for row in table.rows]
         parts.append("</tbody></table></div>\n<ul>")

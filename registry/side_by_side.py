@@ -36,6 +36,11 @@ class Table:
     keys: int = 1
     """how many columns tell which row it is"""
 
+    @property
+    def heading(self) -> str:
+        """The title as a document has it."""
+        return self.title[0].upper() + self.title[1:]
+
 
 def tables_of(comparison: Comparison, published: Sequence[PublishedResult] = ()) -> list[Table]:
     """Return the results and, where known: differences from the reference, what hooks add, published figures."""
