@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,10 +112,14 @@ class BertMAG(Baseline):
     def forward(self, batch: Batch) -> FusionOutput:
         beside = {name: self._aligned(batch, name) for name in ("vision", "audio")}
         # The hook lives for this call only: what it gives is what the encoder's layers read.
-        with self._encoder().embeddings.register_forward_hook(lambda *call: self.gate(call[-1], beside)):
-            states, _ = self.text(batch)
+        with self._encoder().embeddings.register_forward_hook(lambda *call: self._moved(call[-1], beside)):
+            states, _ = self.text(replace(batch, text_rows=None))  # the gate reads (B, L)
         pooled = self._encoder().pooler(states) if self.pooler is None else self.pooler(states[:, 0]).tanh()
         return FusionOutput(prediction=self.head(self.dropout(pooled)).squeeze(-1))
+
+    def _moved(self, tokens: Tensor, beside: dict[str, Tensor]) -> Tensor:
+        """Return token embeddings through the gate, which computes in float32, in their own precision."""
+        return self.gate(tokens.float(), beside).to(tokens.dtype)
 
     def _aligned(self, batch: Batch, name: str) -> Tensor:
         """Return a modality (B, L, d) beside the text's L tokens."""

@@ -90,7 +90,8 @@ class TextInput(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.encoder is not None:
             assert batch.text_mask is not None
-            return self.encoder(batch.text_ids, batch.text_mask, batch.text_segments), batch.text_mask.sum(1)
+            states = self.encoder(batch.text_ids, batch.text_mask, batch.text_segments, batch.text_rows)
+            return states, batch.text_mask.sum(1)
         assert batch.text is not None
         if batch.text_lengths is None:
             return batch.text, torch.full_like(batch.index, batch.text.shape[1])
@@ -150,7 +151,7 @@ def at_end(states: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the state (B, d) at the last real step of states (B, L, d) or, without lengths, after padding."""
     if lengths is None:
         return states[:, -1]
-    return states[torch.arange(len(states), device=states.device), lengths - 1]
+    return states.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
 
 
 def last_state(rnn: nn.LSTM, sequence: Tensor, lengths: Tensor | None) -> Tensor:

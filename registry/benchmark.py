@@ -25,9 +25,10 @@ from torch import nn
 
 from .contract import TrainingData, TrainingHook
 from .data.batches import Split, predict
+from .data.text_model import set_precision
 from .errors import BenchmarkError, InputError, RunFailed, one_line
 from .isolation import isolated
-from .jobs import Job, make_plan
+from .jobs import PRECISIONS, Job, make_plan
 from .labels import generated_in_vain
 from .metrics import regression
 from .plugins import NAME
@@ -109,6 +110,8 @@ def run(
     hooks: Sequence[str] = (),
     label_range: float | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    graph: bool = True,
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     force: bool = False,
@@ -128,6 +131,9 @@ def run(
         hooks: hooks besides the model's own.
         label_range: labels lie in ± this.
         device: `"cpu"`, `"cuda"`, or `"auto"`.
+        precision: `"fp32"`, `"tf32"` (matrix products, on a GPU), or `"bf16"` (the text encoder, with float32 weights);
+            tf32 on a GPU, fp32 on a CPU by default.
+        graph: on a GPU, record training steps as CUDA graphs where they can be; a result does not depend on it.
         runs: the folder that holds run folders; nothing is written outside it.
         plugins: files or modules of plugins that are not packaged.
         force: train again where a finished run exists.
@@ -152,8 +158,9 @@ def run(
         plugins=plugins,
     )
     place = find_device(device)
+    precision = checked_precision(precision, place)
     root = Path(os.path.expanduser(runs))
-    job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache")
+    job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
     folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
     faults = {target: fault_of(target) for target in wanted}
@@ -171,7 +178,7 @@ def run(
         if force or not finished(target):  # perhaps by another process, meanwhile
             history: list[Epoch] = []
             try:
-                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history)
+                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, graph)
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
@@ -232,6 +239,17 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def checked_precision(name: str | None, device: torch.device) -> str:
+    """Return the precision by name, or the device's default; raises InputError where there is none such."""
+    if name is None:
+        return "tf32" if device.type == "cuda" else "fp32"
+    if name not in PRECISIONS:
+        raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name == "tf32" and device.type != "cuda":
+        raise InputError("--precision tf32 is a GPU's: pass fp32 or bf16")
+    return name
+
+
 def checked_seeds(seeds: Sequence[int]) -> list[int]:
     """Return seeds as numbers; raises InputError where they are none, or one stands twice."""
     try:
@@ -251,11 +269,12 @@ def _train_seed(
     watcher: Watcher,
     number: str,
     history: list[Epoch],
+    graph: bool,
 ) -> None:
     """Train one seed and write its folder."""
     assert job.file is not None
     started, plan = datetime.now(timezone.utc), job.plan
-    with isolated(seed, device):
+    with isolated(seed, device, job.precision):
         splits = {name: job.split(name, device) for name in job.file.splits}
         # Copies: model and hooks may do with them what they like.
         model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
@@ -266,6 +285,7 @@ def _train_seed(
             for hook in plan.hooks
         }
         require_writable(folder.parent)
+        set_precision(model, job.precision)
         before = text_sums(model)
         watcher.start(seed, number, plan.config.model)
         outcome = train(
@@ -277,6 +297,7 @@ def _train_seed(
             generator=torch.Generator().manual_seed(seed),
             watcher=watcher,
             history=history,
+            graph=graph,
         )
         metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)
@@ -297,7 +318,7 @@ def _train_seed(
         environment=environment(device, job, started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
-        log=[*job.notes, *map(str, outcome.history)],
+        log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps])],
     )
 
 

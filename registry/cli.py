@@ -54,6 +54,10 @@ Seeds = Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,
 Epochs = Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")]
 LabelRange = Annotated[float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, tf32 (GPU) or bf16 (the text encoder); tf32 on a GPU, fp32 on a CPU.")
+]
+Graph = Annotated[bool, typer.Option("--graph/--no-graph", help="Record steps on a GPU as CUDA graphs.")]
 RunsFolder = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
@@ -119,6 +123,8 @@ def run(
     epochs: Epochs = None,
     label_range: LabelRange = None,
     device: Device = "auto",
+    precision: Precision = None,
+    graph: Graph = True,
     runs: RunsFolder = Path("runs"),
     plugin: Plugin = [],
     force: Annotated[bool, typer.Option("--force", help="Train again where a finished run exists.")] = False,
@@ -147,6 +153,8 @@ def run(
                 hooks=hook,
                 label_range=label_range,
                 device=device,
+                precision=precision,
+                graph=graph,
                 runs=runs,
                 plugins=plugin,
                 force=force,
@@ -203,6 +211,8 @@ def compare(
     epochs: Epochs = None,
     label_range: LabelRange = None,
     device: Device = "auto",
+    precision: Precision = None,
+    graph: Graph = True,
     runs: RunsFolder = Path("runs"),
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
@@ -234,6 +244,8 @@ def compare(
                 config=overrides,
                 label_range=label_range,
                 device=device,
+                precision=precision,
+                graph=graph,
                 runs=runs,
                 plugins=plugin,
                 metrics=_names(metrics),

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .benchmark import checked_seeds, find_device
+from .benchmark import checked_precision, checked_seeds, find_device
 from .comparison import Comparison, Row, check_metrics, controls_of
 from .config import accepts, keys_of, parse_settings
 from .contract import HookSpec, ModelSpec
@@ -39,6 +39,8 @@ def compare(
     config: Mapping[str, Any] | None = None,
     label_range: float | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    graph: bool = True,
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     metrics: Sequence[str] = (),
@@ -53,7 +55,7 @@ def compare(
             `"all"` stands for every registered model that is not named.
         dataset: as for `registry.run`.
         also_with: hooks to add to each model, one row each, where the model allows it.
-        data, text_encoder, label_range, device, runs, plugins: as for `registry.run`.
+        data, text_encoder, label_range, device, precision, graph, runs, plugins: as for `registry.run`.
         seeds: one run each, for every model.
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
@@ -91,7 +93,7 @@ def compare(
     plans = {name: plan for name in rows if (plan := _plan(name, found, preset, shared, optional))}
     _check_used(shared, preset, plans, watcher)
     checked_seeds(seeds)
-    find_device(device)
+    checked_precision(precision, find_device(device))
     for name, plan in list(plans.items()):  # all that can be told before anything is trained
         try:
             made_plan = make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
@@ -110,6 +112,8 @@ def compare(
         "seeds": seeds,
         "label_range": label_range,
         "device": device,
+        "precision": precision,
+        "graph": graph,
         "runs": runs,
         "plugins": plugins,
     }

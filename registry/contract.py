@@ -3,8 +3,8 @@
 A model is an `nn.Module` with `forward(batch: Batch) -> FusionOutput` and `feature_dims: dict[str, int]`;
 it may add `parameter_groups(config) -> list[dict]` in the form `torch.optim` takes. Without it, the text encoder is
 trained at `learning_rate_bert` and the rest at `learning_rate` (see `Rates`). torch, numpy and `random` are seeded for
-each run. `data.text_encoder.build()` is the text encoder: called with a batch's `text_ids, text_mask,
-text_segments` it gives (B, L, width). B is the batch size.
+each run. `data.text_encoder.build()` is the text encoder: called with a batch's `text_ids, text_mask, text_segments,
+text_rows` it gives (B, L, width). B is the batch size.
 """
 
 from __future__ import annotations
@@ -101,6 +101,9 @@ class Batch:
     """(B, L) 1 at real tokens, 0 at padding"""
     text_segments: Tensor | None = None
     """(B, L)"""
+    text_rows: Tensor | None = None
+    """(T) places of the real tokens in the flattened (B·L), perhaps of some others too: an encoder that is given them
+    does not compute the rest. None where padding has to be computed."""
     text: Tensor | None = None
     """(B, Lt, d) features of a frozen text encoder, for models that need `"text_features"`"""
     text_lengths: Tensor | None = None
@@ -118,6 +121,23 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything in it by name, a label as `labels.TASK`."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return found | {f"labels.{task}": values for task, values in self.labels.items()}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Batch:
+        """Return the batch that has these `tensors()`."""
+        labels = {name.removeprefix("labels."): value for name, value in tensors.items() if name.startswith("labels.")}
+        return Batch(**{name: value for name, value in tensors.items() if "." not in name}, labels=labels)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Return some of the clips, padded as before."""
+        if len(range(*rows.indices(len(self)))) == len(self):
+            return self
+        return Batch.of({name: value[rows] for name, value in self.tensors().items() if name != "text_rows"})
 
 
 @dataclass(frozen=True)
@@ -173,7 +193,13 @@ class TrainingHook(nn.Module):
     Parameters join the optimiser, in the group that the model's `parameter_groups` lists last;
     buffers are saved with the best weights. `loss` and `observe` see one micro-batch at a time; with a `per_sample`
     model all of a group's losses come before the first `observe`.
+
+    On a GPU a step can be recorded once and replayed from then on (see graphs.py) if every hook allows it.
     """
+
+    capturable = False
+    """True promises that `loss` and `observe` are made of tensor operations that are the same in every step; `epoch` is
+    then a tensor () on the device, which must not be asked for its value."""
 
     def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
         """Return a scalar, a mean over the micro-batch, that is added to the training loss."""

@@ -16,8 +16,11 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch, numpy and `random`, set aside what the caller set in torch, and leave all as it was."""
+def isolated(seed: int, device: torch.device, precision: str = "fp32") -> Iterator[None]:
+    """Seed torch, numpy and `random`, set aside what the caller set in torch, and leave all as it was.
+
+    Matrix products on a GPU round their factors to TF32 unless `precision` is `"fp32"`.
+    """
     with ExitStack() as stack:
         stack.enter_context(_ONE_AT_A_TIME)
         stack.callback(random.setstate, random.getstate())
@@ -28,14 +31,13 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        # cuDNN's LSTMs would round to TF32.
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "fp32"))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

@@ -28,6 +28,12 @@ from .training import Watcher
 
 NEEDS = ("text", "text_features", "audio", "vision", "alignment", "padding", "T", "A", "V")
 CPU = torch.device("cpu")
+PRECISIONS = {
+    "fp32": "float32",
+    "tf32": "float32, matrix products in TF32",
+    "bf16": "text encoder in bf16, the rest as tf32; weights float32",
+}
+"""what a run computes in, by the name that `--precision` takes"""
 SELECTION = "the epoch with the lowest validation MAE; test is read once"
 
 
@@ -88,6 +94,7 @@ class Plan:
         *,
         device: torch.device = CPU,
         cache: Path | None = None,
+        precision: str = "fp32",
     ) -> Job:
         """Read the feature file, check it against what the model needs, and tokenise its text.
 
@@ -96,7 +103,8 @@ class Plan:
         place = self.place_of(path)
         encoder = self.find_encoder(text_encoder) if "text" in self.needs or text_encoder else None
         if place is not None:
-            file = read_feature_file(place, label_range=self.label_range, known_sha256=self.dataset.sha256)
+            known = self.dataset.sha256
+            file = read_feature_file(place, label_range=self.label_range, known_sha256=known, cache=cache)
         else:
             with blaming(f"generate of dataset {self.dataset.name!r}"):
                 file = self.dataset.generate()  # type: ignore[misc]
@@ -134,7 +142,7 @@ class Plan:
             aligned=file.aligned,
             text_encoder=encoder,
         )
-        return Job(self, info, file, tokens, notes)
+        return Job(self, info, file, tokens, notes, precision)
 
     def place_of(self, path: str | Path | None) -> Path | None:
         """Return where the feature file lies, None where the dataset makes its own data; raises InputError."""
@@ -160,6 +168,8 @@ class Job:
     tokens: Mapping[str, np.ndarray] | None = None
     notes: Sequence[str] = ()
     """what the user should know of the data"""
+    precision: str = "fp32"
+    """one of `PRECISIONS`"""
 
     def split(self, name: str, device: torch.device) -> Split:
         """Return the split "train", "valid" or "test" on a device."""
@@ -177,7 +187,7 @@ class Job:
             "config": plan.config.as_dict(),
             "version": plan.versions[f"model {plan.spec.name}"],
             "hooks": {hook.name: plan.versions[f"hook {hook.name}"] for hook in plan.hooks},
-            "precision": "fp32",
+            "precision": self.precision,
             "data": {
                 **{key: value for key, value in vars(self.info).items() if key != "text_encoder"},
                 "sha256": self.file.sha256 if self.file else None,
@@ -212,6 +222,7 @@ class Job:
             "labels": f"within ±{self.plan.label_range:g}" + ("" if published else f", not ±{dataset.label_range:g}"),
             "data": "aligned" if self.info.aligned else "unaligned",
             "text encoder": f"{encoder.name}, {'fine-tuned' if tuned else 'frozen'}" if encoder else without,
+            "precision": PRECISIONS[self.precision],
             "preset": f"{config.preset}{borrowed}" if config.preset else "none",
             "tuned for": self.plan.spec.tuned_for or "none",
             "changed settings": ", ".join(f"{k}={as_typed(v)}" for k, v in config.changed.items()) or "none",

