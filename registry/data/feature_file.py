@@ -14,7 +14,11 @@ import numpy as np
 
 from registry.errors import InputError
 
+from .cache import Cache
 from .safe_pickle import load_pickle, plain
+
+FORMAT = 1
+"""raised when files are read otherwise than before, or hold other things: what was kept of them is then not used"""
 
 SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
@@ -60,7 +64,9 @@ class FeatureFile:
     """what was mended or should be known, one line each"""
 
 
-def read_feature_file(path: Path, *, label_range: float, known_sha256: Mapping[str, str] | None = None) -> FeatureFile:
+def read_feature_file(
+    path: Path, *, label_range: float, known_sha256: Mapping[str, str] | None = None, cache: Path | None = None
+) -> FeatureFile:
     """Return the file's splits, checked and with what can be mended mended.
 
     Keys of a split as MMSA's `data_loader.py` reads them: `id`, `regression_labels` (required), `raw_text, text_bert,
@@ -71,6 +77,8 @@ def read_feature_file(path: Path, *, label_range: float, known_sha256: Mapping[s
         path: the pickle.
         label_range: labels lie in ±this.
         known_sha256: published hashes by file name; a note says whether the file is the published one.
+        cache: a folder that keeps what was read of a large file; the next time its arrays are mapped into memory from
+            there, and read from the disk where they are used.
 
     Raises:
         InputError: the file cannot be read, asks for more than arrays and containers, or has faults; all are listed.
@@ -78,22 +86,37 @@ def read_feature_file(path: Path, *, label_range: float, known_sha256: Mapping[s
     path = Path(path)
     if not label_range > 0:
         raise InputError(f"the label range must be a positive number, got {label_range}: pass --label-range")
-    sha256 = file_sha256(path)
+    kept = Cache(cache, path, variant=str(float(label_range)), version=FORMAT)
+    sha256 = kept.sha256() or file_sha256(path)
+    content = kept.load(sha256)
+    if content is None:
+        content = _read(path, label_range)
+        if size := kept.save(sha256, content):
+            content["notes"].append(f"{path.name} is kept in {cache} for a quick start next time ({_size(size)})")
+    splits = {name: SplitArrays(**arrays) for name, arrays in content["splits"].items()}
+    file = FeatureFile(path.name, splits, content["aligned"], sha256, content["notes"])
+    published = (known_sha256 or {}).get(path.name)
+    if published == sha256:
+        file.notes.append(f"{path.name} is the published file (SHA-256 verified)")
+    elif published:
+        file.notes.append(f"{path.name} is not the published file of that name (its SHA-256 is {sha256})")
+    return file
+
+
+def _read(path: Path, label_range: float) -> dict[str, Any]:
+    """Return `aligned`, `notes`, and in `splits` each split's fields; raises InputError."""
     check = _Check(label_range)
     try:
         splits, aligned = check.file(load_pickle(path))
     except MemoryError:
-        raise InputError(
-            f"{path} does not fit into memory ({path.stat().st_size / 1e9:.1f} GB), or is damaged"
-        ) from None
+        raise InputError(f"{path} does not fit into memory ({_size(path.stat().st_size)}), or is damaged") from None
     if check.faults:
         raise InputError(_listing(path, check.faults))
-    published = (known_sha256 or {}).get(path.name)
-    if published == sha256:
-        check.notes.append(f"{path.name} is the published file (SHA-256 verified)")
-    elif published:
-        check.notes.append(f"{path.name} is not the published file of that name (its SHA-256 is {sha256})")
-    return FeatureFile(name=path.name, splits=splits, aligned=aligned, sha256=sha256, notes=check.notes)
+    return {"aligned": aligned, "notes": check.notes, "splits": {name: vars(split) for name, split in splits.items()}}
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def file_sha256(path: Path) -> str:
