@@ -102,8 +102,8 @@ class Batch:
     text_segments: Tensor | None = None
     """(B, L)"""
     text_rows: Tensor | None = None
-    """(T) places of the real tokens in the flattened (B·L), perhaps of some others too: an encoder that is given them
-    does not compute the rest. None where padding has to be computed."""
+    """(T) places of the real tokens in the flattened (B·L), then of a few others: an encoder that is given them does
+    not compute the rest. None where padding is to be computed."""
     text: Tensor | None = None
     """(B, Lt, d) features of a frozen text encoder, for models that need `"text_features"`"""
     text_lengths: Tensor | None = None

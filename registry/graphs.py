@@ -3,7 +3,8 @@
 On a GPU a training step of a small batch is bound by the launching of its thousand kernels; a graph is launched as one.
 A step can be recorded if it does the same in every call but for the values in its tensors. Of each step in new shapes
 that is seen while it runs as usual: it must not wait for the device, draw random numbers on the host, or leave a Python
-attribute of a module changed. Where it does, every step runs as usual, with the same results.
+attribute of a module changed. Where it does, every step runs as usual, with the same results. The very first step is
+not looked at: libraries set themselves up in it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +68,7 @@ class Recorder:
             self.replayed += 1
             return graph.replay(batch)
         self.usual += 1
-        if self.fault is not None or key in self._seen:
+        if self.fault is not None or self.usual == 1:
             return step(batch)
         self._seen.add(key)
         with self._watched():
@@ -105,12 +107,12 @@ class Recorder:
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+        waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
         for warning in caught:
             if warning not in waits:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         if waits:
-            self.fault = "a step waits for the device"
+            self.fault = f"a step waits for the device (in {Path(waits[0].filename).name}, line {waits[0].lineno})"
         elif changed := next((name for name, was, now in self._compared(before) if was != now), None):
             self.fault = f"a step {changed}"
 

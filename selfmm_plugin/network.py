@@ -158,12 +158,21 @@ class SelfMM(nn.Module):
         self.feature_dims = {**widths, "fusion": config.post_fusion_dim}
 
     def forward(self, batch: Batch) -> FusionOutput:
+        # While a CUDA graph is recorded, LSTMs, which fill a fraction of a GPU, get branches beside the text encoder.
+        recorded = batch.index.is_cuda and torch.cuda.is_current_stream_capturing()
+        branches = {name: torch.cuda.Stream() for name in self.encoders if recorded and name != "text"}
+        for branch in branches.values():
+            branch.wait_stream(torch.cuda.current_stream())
         features: dict[str, Tensor] = {}
         for name, encoder in self.encoders.items():
-            if name == "text":
-                features[name] = encoder(batch.text_ids, batch.text_mask, batch.text_segments, batch.text_rows)[:, 0]
-            else:
-                features[name] = encoder(getattr(batch, name), getattr(batch, f"{name}_lengths"))
+            with torch.cuda.stream(branches.get(name)):
+                if name == "text":
+                    tokens = (batch.text_ids, batch.text_mask, batch.text_segments, batch.text_rows)
+                    features[name] = encoder(*tokens)[:, 0]
+                else:
+                    features[name] = encoder(getattr(batch, name), getattr(batch, f"{name}_lengths"))
+        for branch in branches.values():
+            torch.cuda.current_stream().wait_stream(branch)
         prediction, representation = self.fusion(torch.cat(list(features.values()), dim=-1))
         return FusionOutput(prediction=prediction, features={**features, "fusion": representation})
 

@@ -15,6 +15,7 @@ from registry.contract import Batch, FusionOutput
 from registry.errors import RunFailed
 
 from .feature_file import SplitArrays
+from .text_model import SPARE
 
 SHARE_OF_MEMORY = 0.5
 """of what is free on a GPU, that one split may fill"""
@@ -77,11 +78,11 @@ class Split:
         for name, sequence in self._sequences.items():
             whole = sequence.shape[-1 if name == "tokens" else 1]
             longest = int(self._lengths[name][host].max()) if self.trims and name in self._lengths else whole
-            step = 16 if name == "tokens" else -(-whole // 4)
+            step = 32 if name == "tokens" else -(-whole // 4)
             sizes[name] = min(_up(longest, step), whole) if rounded else longest
         if "tokens" in sizes and self.trims:
             real = int(self._real_tokens[host].sum())
-            sizes["rows"] = min(_up(real, 128), len(rows) * sizes["tokens"]) if rounded else real
+            sizes["rows"] = min(_up(real, SPARE), len(rows) * sizes["tokens"]) if rounded else real
         return sizes
 
     def batch(self, rows: Tensor, sizes: Mapping[str, int] | None = None) -> Batch:

@@ -1,20 +1,24 @@
 """The text encoder as a module: it computes real tokens only, and in bf16 where that is asked for.
 
 Clips of a batch are padded to the longest of them, some three times their tokens. Everything in an encoder but its
-attention looks at one token at a time, so it gets the real tokens of all clips in one row; attention alone spreads them
-over (B, L) and gathers them again.
+attention looks at one token at a time, so it gets the real tokens of all clips in one row; only attention has to know
+which tokens are of one clip.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nested import nested_tensor_from_jagged
 from torch.nn.functional import scaled_dot_product_attention
 
+SPARE = 64
+"""Packed tokens that are not real are fewer than this: their number is rounded up to a multiple of it."""
 _PACKED = "packed_tokens"
 """our attention's name among transformers' own"""
 
@@ -37,20 +41,20 @@ class TextModel(nn.Module):
 
         Args:
             ids, mask, segments: of every token; the mask is 1 at real ones.
-            rows: (T) places of all real tokens in the flattened (B·L), perhaps of some others too, each once: the
-                others' states are 0. Without it, and where the encoder is none that can, padding is computed as well.
+            rows: (T) places in the flattened (B·L) of the real tokens, in their order, then of fewer than `SPARE`
+                others: the rest is 0. Without it, and where the encoder is none that can, padding is computed as well.
         """
-        if rows is None or not self.can_pack:
+        if not self.can_pack:
             return self._states(ids, segments, attention_mask=mask).float()
+        # A mask that is (B, 1, 1, L) already is handed on as it is; transformers would ask a GPU what is in another.
+        each_sees = mask.bool()[:, None, None]
+        if rows is None:
+            return self._states(ids, segments, attention_mask=each_sees).float()
         packing = _Packing(mask, rows)
         packed_ids, packed_segments = (tokens.flatten()[rows][None] for tokens in (ids, segments))
-        # A mask that is (B, 1, 1, L) already is handed on as it is.
+        places = (rows % ids.shape[1])[None]
         states = self._states(
-            packed_ids,
-            packed_segments,
-            position_ids=(rows % ids.shape[1])[None],
-            attention_mask=packing.mask[:, None, None],
-            packing=packing,
+            packed_ids, packed_segments, position_ids=places, attention_mask=each_sees, packing=packing
         )
         return torch.where(packing.mask[:, :, None], packing.spread(states[0]).float(), 0.0)
 
@@ -102,36 +106,35 @@ class _Packing:
 
     Args:
         mask: (B, L), 1 at real tokens.
-        rows: (T) places in the flattened (B·L), each once.
+        rows: (T) places in the flattened (B·L), the real ones in their order, then fewer than `SPARE` others.
     """
 
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
         self.mask = mask.bool()
         self.rows = rows
+        # What is not real makes up a clip of its own, at the end.
+        clips = self.mask.sum(1).cumsum(0)
+        self.offsets = torch.cat([torch.zeros_like(rows[:1]), clips, torch.full_like(rows[:1], len(rows))])
 
     def spread(self, packed: Tensor) -> Tensor:
         """Return (B, L, …) of (T, …); what no row names is 0."""
         places = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
         return places.index_copy(0, self.rows, packed).unflatten(0, self.mask.shape)
 
-    def gather(self, spread: Tensor) -> Tensor:
-        """Return (T, …) of (B, L, …)."""
-        return _Rows.apply(spread.flatten(0, 1), self.rows)
-
-
-class _Rows(torch.autograd.Function):
-    """Rows of a tensor, each at most once: so that the gradient is copied, where torch would add it atomically."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape = tensor.shape
-        return tensor.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
+    def attend(self, heads: Sequence[Tensor], dropout: float, scale: float | None) -> Tensor:
+        """Return the attention (T, H, d) of query, key and value, (T, H, d) each, within each clip."""
+        if heads[0].is_cuda:
+            longest = max(SPARE, self.mask.shape[1])
+            query, key, value = (
+                nested_tensor_from_jagged(tensor, self.offsets, min_seqlen=0, max_seqlen=longest).transpose(1, 2)
+                for tensor in heads
+            )
+            found = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+            return found.transpose(1, 2).values()
+        query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads)
+        each_sees = self.mask[:, None, None]
+        found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout, scale=scale)
+        return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
 
 def _attention(
@@ -148,17 +151,8 @@ def _attention(
 
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    # (1, H, T, d) → (T, H, d) → (B, L, H, d) → (B, H, L, d)
-    query, key, value = (packing.spread(heads[0].transpose(0, 1)).transpose(1, 2) for heads in (query, key, value))
-    found = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=packing.mask[:, None, None],
-        dropout_p=options.get("dropout", 0.0),
-        scale=options.get("scaling"),
-    )
-    return packing.gather(found.transpose(1, 2))[None], None
+    heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    return packing.attend(heads, options.get("dropout", 0.0), options.get("scaling"))[None], None
 
 
 def _prepared(model: nn.Module) -> bool:
