@@ -122,18 +122,22 @@ class UnimodalSupervision(nn.Module):
             if name not in features:
                 raise ValueError(f"features[{name!r}] is missing, got {', '.join(features) or 'none'}")
         present = self.generator.checked_mask(mask, index)
-        total = features["fusion"].new_zeros(())
+        labels, weights = self.generator.targets(index)
+        predictions = []
         representations = {"fusion": features["fusion"].detach()}
-        weights = self.generator.weights(index)
-        for name in self.generator.modalities:
+        for task, name in enumerate(self.generator.modalities, 1):
             of_modality = features[name]
             if name in present:  # what stands in for a missing modality may be anything, NaN too
                 of_modality = torch.where(present[name][:, None], of_modality, 0.0)
-                weights[name] = weights[name] * present[name]
+                weights[:, task] *= present[name]
             prediction, representation = self.heads[module_key(name)](of_modality)
-            error = (prediction - self.generator.labels[name][index]).abs()
-            total = total + (weights[name] * error).mean()
+            predictions.append(prediction)
             representations[name] = representation.detach()
+        if predictions:
+            errors = (torch.stack(predictions, dim=1) - labels[:, 1:]).abs()
+            total = (weights[:, 1:] * errors).mean(0).sum()
+        else:
+            total = features["fusion"].new_zeros(())
         if self.training:
             self._unobserved.append((index, representations, present))
             waiting = sum(len(rows) for rows, *_ in self._unobserved)
@@ -142,8 +146,10 @@ class UnimodalSupervision(nn.Module):
                 raise RuntimeError(f"observe must follow every loss in training mode; {waiting} clips wait for it")
         return total
 
-    def observe(self, index: Tensor, epoch: int) -> None:
+    def observe(self, index: Tensor, epoch: int | Tensor) -> None:
         """Let the generator see a micro-batch that `loss` was called with; `epoch` counts from 1.
+
+        It may be an integer tensor () beside the labels, which a CUDA graph reads anew at every replay.
 
         Call it once for every `loss` in training mode, in the same order, after the backward pass.
 

@@ -4,7 +4,11 @@
     generator.weights(index)["text"]                # how much each clip's text label counts in the loss
     generator.update(features, index, epoch)        # after backward, for every micro-batch
 
-B is the batch size, N the number of training clips, d a task's feature width.
+B is the batch size, N the number of training clips, T that of tasks (fusion first, then the modalities), d a task's
+feature width and D the widest.
+
+A GPU takes as long to start such small operations as to do them, so every step here is one operation for all tasks;
+only callables of users are called task by task. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,12 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-8
+LARGEST = 1e15
+"""Features above it count as missing: neither their squares nor their sums overflow below."""
+LIMIT, COUNTS, STORED, LABEL = 0, -3, -2, -1
+"""Columns before and behind the features of a clip in `UnimodalLabelGenerator.clips`."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """From features (B, d) and one class centre (d) to distances (B)."""
@@ -31,22 +39,23 @@ Combination = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From δ of a modality (B), δ of the fusion task (B) and human labels (B) to proposed labels (B)."""
 Bound = Callable[[Tensor, float], Tensor]
 """From proposed labels (B) and the label range to labels (B) within it."""
-Momentum = Callable[[int], float]
-"""From the epoch, 2 or later, to the share of the old label in the new one, 0 to 1."""
+Momentum = Callable[[Any], Any]
+"""From the epoch, 2 or later, to the share of the old label in the new one, 0 to 1. If `update` gets the epoch as a
+tensor, so does this, also in epoch 1, and it may return one."""
 Weighting = Callable[[Tensor], Tensor]
 """From |unimodal − multimodal label| (B) to weights (B)."""
 
 
-def _l2(features: Tensor, center: Tensor) -> Tensor:
+def _l2(features: Tensor, center: Tensor, width: Tensor | None = None) -> Tensor:
     return (features - center).norm(dim=-1)
 
 
-def _squared(features: Tensor, center: Tensor) -> Tensor:
-    return (features - center).square().sum(-1) / features.shape[-1] ** 0.5
+def _squared(features: Tensor, center: Tensor, width: Tensor | None = None) -> Tensor:
+    return (features - center).square().sum(-1) / (features.shape[-1] if width is None else width) ** 0.5
 
 
-def _cosine(features: Tensor, center: Tensor) -> Tensor:
-    similarity = torch.cosine_similarity(features, center.expand_as(features), dim=-1)
+def _cosine(features: Tensor, center: Tensor, width: Tensor | None = None) -> Tensor:
+    similarity = torch.cosine_similarity(features, center, dim=-1)
     return (1 - similarity).clamp(min=0)  # rounding must not turn the sign of what is divided by it
 
 
@@ -79,12 +88,13 @@ def _plain_difference(to_positive: Tensor, to_negative: Tensor, between: Tensor)
 
 
 def ratio_and_difference(relative: Tensor, relative_of_fusion: Tensor, multimodal: Tensor) -> Tensor:
-    """Return the proposal (B) of the paper: half by the ratio δ_s / δ_f, half by the difference δ_s − δ_f."""
-    denominator = relative_of_fusion + EPSILON
-    denominator = torch.where(denominator == 0, EPSILON, denominator)
-    by_ratio = relative / denominator * multimodal
-    by_difference = multimodal + relative - relative_of_fusion
-    return 0.5 * by_ratio + 0.5 * by_difference
+    """Return the proposal (B) of the paper: half by the ratio δ_s / δ_f, half by the difference δ_s − δ_f.
+
+    Not finite where δ_f is −1e-8.
+    """
+    ratio = relative / (relative_of_fusion + EPSILON)
+    # ½ · (ratio · y + y) + ½ · (δ_s − δ_f)
+    return torch.addcmul(multimodal, ratio, multimodal).lerp(relative - relative_of_fusion, 0.5)
 
 
 def _clamp(proposal: Tensor, label_range: float) -> Tensor:
@@ -95,7 +105,7 @@ def _tanh(proposal: Tensor, label_range: float) -> Tensor:
     return label_range * torch.tanh(proposal / label_range)
 
 
-def growing_momentum(epoch: int) -> float:
+def growing_momentum(epoch: Any) -> Any:
     """Return (n − 1)/(n + 1), the paper's share of the old label in epoch n."""
     return (epoch - 1) / (epoch + 1)
 
@@ -106,6 +116,12 @@ CENTERS: dict[str, Callable[..., Tensor]] = {"step": _newest, "epoch": _newest, 
 RELATIVES: dict[str, Relative] = {"positive": _to_positive, "centers": _to_centers, "difference": _plain_difference}
 BOUNDS: dict[str, Bound] = {"clamp": _clamp, "tanh": _tanh}
 WEIGHTINGS: dict[str, Weighting] = {"tanh": torch.tanh, "relu": torch.relu, "ones": torch.ones_like}
+_WITHOUT_BETWEEN = (_to_positive, _plain_difference)
+"""What does not ask for the distance between the centres."""
+_FOR_ALL_TASKS: tuple[Callable[..., Tensor], ...] = (
+    ratio_and_difference,
+    *(part for table in (MEMBERSHIPS, RELATIVES, BOUNDS, WEIGHTINGS) for part in table.values()),
+)
 
 
 def _part(name: str, value: Any, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -126,46 +142,28 @@ def module_key(name: str) -> str:
     return f"{key}·" if key in _TAKEN else key
 
 
-class _TaskMemory(nn.Module):
-    """What the generator remembers of one task: labels (N), features (N, d) and the two class centres (2, d)."""
+def _by_task(part: Callable[..., Tensor], *given: Any, skip: int = 0) -> Tensor:
+    """Return what a part makes of columns (…, T), one for each task or one for all.
+
+    A part of this module takes all columns at once. What a user passes is called task by task; for the first `skip`
+    tasks, which it is not for, the first of `given` stands instead.
+    """
+    if part in _FOR_ALL_TASKS:
+        return part(*given)
+    n = given[0].shape[-1]
+    columns = [x.expand(*x.shape[:-1], n).unbind(-1) if isinstance(x, Tensor) else [x] * n for x in given]
+    return torch.stack([x[0] if task < skip else part(*x) for task, x in enumerate(zip(*columns, strict=True))], -1)
+
+
+class TaskMemory(NamedTuple):
+    """What the generator remembers of a task."""
 
     labels: Tensor
+    """(N) as they stand."""
     features: Tensor
-    present: Tensor
-    fixed: Tensor
+    """(N, d), as of each clip's last update."""
     centers: Tensor
-    has_centers: Tensor
-
-    def __init__(self, labels: Tensor, dim: int, known: Tensor | None = None) -> None:
-        super().__init__()
-        fixed = torch.zeros_like(labels, dtype=torch.bool) if known is None else ~known.isnan()
-        self.register_buffer("labels", labels.clone() if known is None else torch.where(fixed, known, labels))
-        self.register_buffer("fixed", fixed)
-        self.register_buffer("features", labels.new_zeros(len(labels), dim))
-        self.register_buffer("present", torch.ones_like(fixed))
-        self.register_buffer("centers", labels.new_zeros(2, dim))
-        self.register_buffer("has_centers", torch.zeros(2, 1, dtype=torch.bool, device=labels.device))
-
-    def store(self, features: Tensor, index: Tensor, present: Tensor) -> None:
-        self.features[index] = torch.where(present[:, None], features, self.features[index])
-        self.present[index] = present | self.features[index].any(-1)  # what was stored before still counts
-
-    def refresh_centers(self, classes: Tensor, rule: Centers, due: Tensor | None) -> None:
-        """Derive the centres of two classes, given as booleans (2, N), by `rule`, unless `due` is given and False."""
-        members = (classes & self.present).to(self.features.dtype)
-        counts = members.sum(1, keepdim=True)
-        means = members @ self.features / counts.clamp(min=1)
-        centers = torch.where(self.has_centers, rule(self.centers, means), means)
-        found = (counts > 0) & centers.isfinite().all(1, keepdim=True)  # sums of huge features overflow
-        if due is not None:
-            centers, found = torch.where(due, centers, self.centers), torch.where(due, found, self.has_centers)
-        self.centers.copy_(torch.where(found, centers, self.centers))
-        self.has_centers.copy_(found)
-
-    def distances(self, features: Tensor, distance: Distance) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the distances (B) to the positive centre, (B) to the negative one, and () between the two."""
-        positive, negative = self.centers
-        return distance(features, positive), distance(features, negative), distance(positive[None], negative)[0]
+    """(2, d), of the positive class and of the negative one."""
 
 
 class UnimodalLabelGenerator(nn.Module):
@@ -212,7 +210,19 @@ class UnimodalLabelGenerator(nn.Module):
             of such a name.
     """
 
+    clips: Tensor
+    """(N, T, D + 4), of each clip and task: a limit, 0 if the label never moves; features, padded with zeros; 1 if the
+    clip counts for a centre and 1 if features were stored, else 0; the label."""
+    class_centers: Tensor
+    """(T, 2, D), positive first, padded with zeros."""
+    has_center: Tensor
+    """(T, 2), whether the class had clips."""
     last_epoch: Tensor
+    """() of centres that are taken once an epoch."""
+    paddings: Tensor
+    widths: Tensor
+    sides: Tensor
+    classes_of_zero: Tensor
 
     def __init__(
         self,
@@ -259,78 +269,108 @@ class UnimodalLabelGenerator(nn.Module):
         self.bound: Bound = _part("bound", bound, BOUNDS)
         self.momentum: Momentum = _part("momentum", momentum, {})
         self.weighting: Weighting = _part("weighting", weighting, WEIGHTINGS)
-        self.tasks = tuple(feature_dims)
-        self.modalities = tuple(name for name in self.tasks if name != "fusion")
-        self.memory = nn.ModuleDict(
-            {module_key(name): _TaskMemory(labels, width, known.get(name)) for name, width in feature_dims.items()}
-        )
+        self.modalities = tuple(name for name in feature_dims if name != "fusion")
+        self.tasks = ("fusion", *self.modalities)
+        self.dims = [feature_dims[name] for name in self.tasks]
+        self.widest = max(self.dims)
+        unknown = torch.full_like(labels, torch.nan)
+        given = torch.stack([labels, *(known.get(name, unknown) for name in self.modalities)], dim=1)
+        clips = labels.new_zeros(len(labels), len(self.tasks), self.widest + 4)
+        clips[..., COUNTS] = 1  # as upstream, whose features are 0 before a clip's first update
+        clips[..., LABEL] = torch.where(given.isnan(), labels[:, None], given)
+        clips[..., LIMIT] = torch.where(given.isnan(), torch.finfo(torch.float32).max, 0.0)
+        self.register_buffer("clips", clips)
+        self.register_buffer("class_centers", labels.new_zeros(len(self.tasks), 2, self.widest))
+        self.register_buffer("has_center", torch.zeros(len(self.tasks), 2, dtype=torch.bool, device=labels.device))
         self.register_buffer("last_epoch", torch.zeros((), dtype=torch.long, device=labels.device))
+        # What stands behind each task's features in a new row: zeros, that it counts, that it is stored, and no label.
+        behind = [x for d in self.dims for x in (*[0.0] * (self.widest - d), 1.0, 1.0, 0.0)]
+        self.register_buffer("paddings", labels.new_tensor(behind), persistent=False)
+        self.register_buffer("widths", labels.new_tensor(self.dims)[:, None], persistent=False)
+        self.register_buffer("sides", labels.new_tensor([1.0, -1.0]), persistent=False)
+        self.register_buffer("classes_of_zero", labels.new_tensor([float(not exclude_zero), 0.0]), persistent=False)
 
-    def _of(self, name: str) -> _TaskMemory:
-        return self.memory[module_key(name)]  # type: ignore[return-value]
+    @property
+    def memory(self) -> dict[str, TaskMemory]:
+        """The labels, the stored features and the centres of each task; they share the generator's memory."""
+        return {
+            name: TaskMemory(
+                self.clips[:, task, LABEL], self.clips[:, task, 1 : 1 + d], self.class_centers[task, :, :d]
+            )
+            for task, (name, d) in enumerate(zip(self.tasks, self.dims, strict=True))
+        }
 
     @property
     def labels(self) -> dict[str, Tensor]:
         """The labels (N) as they stand, of "fusion" (the human ones) and of each modality."""
-        return {name: self._of(name).labels for name in self.tasks}
+        return {name: memory.labels for name, memory in self.memory.items()}
 
     @property
     def centers(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The positive and the negative class centre (d) of each task."""
-        return {name: (self._of(name).centers[0], self._of(name).centers[1]) for name in self.tasks}
+        return {name: (memory.centers[0], memory.centers[1]) for name, memory in self.memory.items()}
 
     def weights(self, index: Tensor) -> dict[str, Tensor]:
         """Return per modality (B): how much the label counts, by its distance from the multimodal one; 1 if known."""
-        multimodal = self._of("fusion").labels[index]
-        memories = {name: self._of(name) for name in self.modalities}
-        return {
-            name: torch.where(memory.fixed[index], 1.0, self.weighting((memory.labels[index] - multimodal).abs()))
-            for name, memory in memories.items()
-        }
+        _, weights = self.targets(index)
+        return dict(zip(self.modalities, weights.unbind(1)[1:], strict=True))
+
+    def targets(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the labels (B, T) and their weights (B, T) of all tasks; those of fusion weigh 1."""
+        index = torch.as_tensor(index, device=self.clips.device)
+        rows = self.clips[index]
+        labels = rows[..., LABEL]
+        weights = _by_task(self.weighting, (labels - labels[:, :1]).abs(), skip=1)
+        return labels, weights.masked_fill_(rows[..., LIMIT] == 0, 1.0)
 
     @torch.no_grad()
     def update(
         self,
         features: Mapping[str, Tensor],
         index: Tensor,
-        epoch: int,
+        epoch: int | Tensor,
         mask: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Move these clips' labels by the centres as they stand, then store the features and refresh the centres.
 
-        Features that are not finite, as of a step that loss scaling skips, count as missing.
+        Features that are not finite, as of a step that loss scaling skips, or beyond ±1e15 count as missing.
 
         Args:
             features: (B, d) of every task.
             index: (B) rows in the train split.
-            epoch: counts from 1; no label moves in epoch 1.
+            epoch: counts from 1; no label moves in epoch 1. As an integer tensor () on the labels' device it may change
+                between replays of a CUDA graph; then nobody checks it, nor what `momentum` gives.
             mask: per modality (B), False where a clip lacks it: its label stays, its features are not stored, and it
                 counts for a centre only by those stored before.
 
         Raises:
             ValueError: a task's features are missing or have another shape, epoch is none, or `mask` does not fit.
         """
-        if not isinstance(epoch, Integral) or epoch < 1:
-            raise ValueError(f"epoch counts from 1, got {epoch}")
-        for name in self.tasks:
-            width = self._of(name).features.shape[1]
+        index = torch.as_tensor(index, device=self.clips.device)
+        _check_epoch(epoch, self.clips.device)
+        for name, width in zip(self.tasks, self.dims, strict=True):
             if name not in features or features[name].shape != (len(index), width):
                 got = f"shape {tuple(features[name].shape)}" if name in features else "nothing"
                 raise ValueError(f"features[{name!r}] must have shape ({len(index)}, {width}), got {got}")
-        rows = {name: features[name].detach().to(self._of(name).features) for name in self.tasks}
-        present = {name: row.isfinite().all(-1) for name, row in rows.items()}
-        for name, given in self.checked_mask(mask, index).items():
-            present[name] = present[name] & given
-        with torch.autocast(rows["fusion"].device.type, enabled=False):
+        masked = self.checked_mask(mask, index)
+        with torch.autocast(self.clips.device.type, enabled=False):
             if self.once_an_epoch:
-                self._refresh_centers(due=(self.last_epoch > 0) & (self.last_epoch < epoch))
-            if epoch > 1:
-                self._move_labels(rows, index, epoch, present)
-            for name, row in rows.items():
-                self._of(name).store(row, index, present[name])
+                self._refresh_centers_if_new(epoch)
+            new = self._rows(features)
+            present = torch.linalg.vector_norm(new, torch.inf, dim=-1) < LARGEST
+            for name, given in masked.items():
+                present[:, self.tasks.index(name)].logical_and_(given)
+            old = self.clips[index]
+            # Of a clip that is missing, what was stored before still counts.
+            stored = torch.where(present[..., None], new, old[..., 1:] * old[..., STORED, None])
+            if isinstance(epoch, Tensor) or epoch > 1:
+                moves, moved = self._moved_labels(new, old, epoch, present)
+                torch.where(moves, moved, old[..., LABEL], out=stored[..., LABEL])
+            else:
+                stored[..., LABEL] = old[..., LABEL]
+            self.clips[..., 1:][index] = stored
             if not self.once_an_epoch:
                 self._refresh_centers()
-            self.last_epoch.fill_(epoch)
 
     def checked_mask(self, mask: Mapping[str, Tensor] | None, index: Tensor) -> dict[str, Tensor]:
         """Return `mask` as boolean tensors (B) beside the labels; raises ValueError for any other name or shape."""
@@ -341,37 +381,98 @@ class UnimodalLabelGenerator(nn.Module):
                     f"mask[{name!r}] must be a modality ({', '.join(self.modalities)}) and have shape ({len(index)},), "
                     f"got shape {tuple(given.shape)}"
                 )
-        return {name: given.to(self._of(name).labels.device, torch.bool) for name, given in checked.items()}
+        return {name: given.to(self.clips.device, torch.bool) for name, given in checked.items()}
 
-    def _move_labels(
-        self, features: Mapping[str, Tensor], index: Tensor, epoch: int, present: Mapping[str, Tensor]
-    ) -> None:
-        fusion = self._of("fusion")
-        multimodal = fusion.labels[index]
-        relative_of_fusion = self._relative_distance("fusion", features)
-        share = float(self.momentum(epoch))
-        if not 0 <= share <= 1:
-            raise ValueError(f"momentum must give a share from 0 to 1, got {share} for epoch {epoch}")
-        for name in self.modalities:
-            memory = self._of(name)
-            relative = self._relative_distance(name, features)
-            proposal = self.combination(relative, relative_of_fusion, multimodal)
-            old = memory.labels[index]
-            # share · old + (1 − share) · bounded proposal, never beyond both by rounding
-            new = self.bound(proposal, self.label_range).lerp(old, share)
-            can_move = fusion.has_centers.all() & memory.has_centers.all() & ~memory.fixed[index]
-            finite = proposal.isfinite() & new.isfinite()  # distances of huge features overflow
-            moves = can_move & present["fusion"] & present[name] & finite
-            memory.labels[index] = torch.where(moves, new, old)
+    def _rows(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return new rows of `clips` (B, T, D + 3), without limits and with labels of 0."""
+        given = [features[name].detach().to(self.clips.device) for name in self.tasks]
+        paddings = self.paddings.to(given[0].dtype).expand(len(given[0]), -1)  # `cat` converts piece by piece
+        behind = paddings.split([self.widest - d + 3 for d in self.dims], dim=1)
+        rows = torch.cat([part for parts in zip(given, behind, strict=True) for part in parts], dim=1)
+        return rows.to(self.clips.dtype).view(len(rows), len(self.tasks), -1)
 
-    def _relative_distance(self, name: str, features: Mapping[str, Tensor]) -> Tensor:
-        """Return (B): how much nearer the positive centre is than the negative one."""
-        return self.relative(*self._of(name).distances(features[name], self.distance))
+    def _moved_labels(self, new: Tensor, old: Tensor, epoch: int | Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which labels move (B, T) and where to (B, T), from the clips' new and old rows."""
+        share = self.momentum(epoch)
+        if isinstance(epoch, Tensor):
+            share = share.to(self.clips) if isinstance(share, Tensor) else share
+        else:
+            share = float(share)
+            if not 0 <= share <= 1:
+                raise ValueError(f"momentum must give a share from 0 to 1, got {share} for epoch {epoch}")
+        labels, limit = old[..., LABEL], old[..., LIMIT]
+        relative = self._relative_distances(new[..., :COUNTS])
+        proposal = _by_task(self.combination, relative, relative[:, :1], labels[:, :1], skip=1)
+        # share · old + (1 − share) · bounded proposal, never beyond both by rounding
+        moved = _by_task(self.bound, proposal, self.label_range, skip=1).lerp(labels, share)
+        ready = self.has_center.all(-1)
+        if isinstance(epoch, Tensor):
+            ready = ready & (epoch > 1)
+        usable = present & ready
+        # What users' parts give need not be finite; the hypotenuse is if both are.
+        return (torch.hypot(proposal, moved) < limit) & usable & usable[:, :1], moved
 
-    def _refresh_centers(self, due: Tensor | None = None) -> None:
-        multimodal = self._of("fusion").labels
-        for name in self.tasks:
-            memory = self._of(name)
-            labels = self.membership(memory.labels, multimodal)
-            positive = labels > 0 if self.exclude_zero else labels >= 0
-            memory.refresh_centers(torch.stack([positive, labels < 0]), self.center_rule, due)
+    def _relative_distances(self, features: Tensor) -> Tensor:
+        """Return for padded features (B, T, D) how much nearer the positive centre is than the negative one (B, T)."""
+        to_positive, to_negative = self._distances(features).unbind(-1)
+        between = None
+        if self.relative not in _WITHOUT_BETWEEN:
+            between = self._distances(self.class_centers[None, :, 0])[0, :, 1]
+        return _by_task(self.relative, to_positive, to_negative, between)
+
+    def _distances(self, features: Tensor) -> Tensor:
+        """Return for padded features (B, T, D) the distances to the positive and to the negative centre (B, T, 2)."""
+        if self.distance in DISTANCES.values():
+            return self.distance(features[:, :, None], self.class_centers, self.widths)  # type: ignore[call-arg]
+        of_tasks = [
+            [self.distance(features[:, task, :d].contiguous(), center[:d]) for center in self.class_centers[task]]
+            for task, d in enumerate(self.dims)
+        ]
+        return torch.stack([torch.stack(of_task, dim=-1) for of_task in of_tasks], dim=1)
+
+    def _refresh_centers(self) -> None:
+        """Take the class means of all stored features as new centres, by the rule for them."""
+        labels = self.clips[..., LABEL]
+        deciding = _by_task(self.membership, labels, labels[:, :1]).to(labels.dtype).expand_as(labels)
+        classes = torch.heaviside(deciding[..., None] * self.sides, self.classes_of_zero)
+        # One matrix product takes the classes of each task with the rows of each, and its diagonal is what is wanted: a
+        # GPU spreads one over clips, and reads them once, however few rows come out.
+        sums = (classes.flatten(1).T @ self.clips.flatten(1)).view(-1, 2, *self.clips.shape[1:])
+        sums = sums.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        counts = sums[..., COUNTS]
+        centers = sums[..., 1:COUNTS] / counts[..., None]
+        if self.center_rule is _newest:
+            torch.gt(counts, 0, out=self.has_center)
+        else:
+            centers = self._by_rule(centers.masked_fill_(counts[..., None] == 0, 0.0))
+            finite = torch.linalg.vector_norm(centers, torch.inf, dim=-1) < torch.inf
+            torch.logical_and(counts > 0, finite, out=self.has_center)
+        torch.where(self.has_center[..., None], centers, self.class_centers, out=self.class_centers)
+
+    def _by_rule(self, means: Tensor) -> Tensor:
+        """Return new centres (T, 2, D) from class means; the first mean after a class had no clip is taken whole."""
+        centers = means.clone()
+        for task, d in enumerate(self.dims):
+            mean, center = means[task, :, :d], self.class_centers[task, :, :d]
+            centers[task, :, :d] = torch.where(self.has_center[task, :, None], self.center_rule(center, mean), mean)
+        return centers
+
+    def _refresh_centers_if_new(self, epoch: int | Tensor) -> None:
+        """Refresh the centres in the first update of an epoch, unless it is the first one ever."""
+        due = (self.last_epoch > 0) & (self.last_epoch < epoch)
+        standing, stood = self.class_centers.clone(), self.has_center.clone()
+        self._refresh_centers()
+        torch.where(due, self.class_centers, standing, out=self.class_centers)
+        torch.where(due, self.has_center, stood, out=self.has_center)
+        self.last_epoch.fill_(epoch)
+
+
+def _check_epoch(epoch: int | Tensor, device: torch.device) -> None:
+    if isinstance(epoch, Tensor):
+        if epoch.dim() or epoch.dtype not in (torch.int32, torch.int64) or epoch.device != device:
+            raise ValueError(
+                f"an epoch given as a tensor must be one integer on {device}, got {epoch.dtype} of shape "
+                f"{tuple(epoch.shape)} on {epoch.device}"
+            )
+    elif not isinstance(epoch, Integral) or epoch < 1:
+        raise ValueError(f"epoch counts from 1, got {epoch}")
