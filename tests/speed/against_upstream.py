@@ -1,181 +1,203 @@
-"""Self-MM here and upstream's own trainer, on the same file, text encoder and seeds, in one run on one machine.
+"""Self-MM here and upstream's own trainer, in one run on one machine. Needs the package MMSA (extra `test`).
+
+How fast are both? On synthetic data in the shape of CMU-MOSI or CMU-MOSEI, with a BERT-base of random weights:
+
+    python -m tests.speed.against_upstream --shape mosi --device cuda --precision tf32 bf16
+    python -m tests.speed.against_upstream --shape mosei --output mosei.json
+    python -m tests.speed.against_upstream --shape mosi --tiny            # in seconds: only whether it works
+
+First both must do the same work: from the same weights, their losses of the first updates are compared, and where they
+differ nothing is timed (exit code 1). Then each is timed in a process of its own.
+
+How good are both? On a real file, with a real text encoder:
 
     python -m tests.speed.against_upstream --data mosi.pkl --text-encoder minilm --seeds 1111-1113
 
-Prints validation MAE at the chosen epoch, test metrics, and seconds for each epoch's training and validation,
-side by side. Needs the package MMSA (extra `test`).
+prints validation MAE at the chosen epoch, test metrics, and seconds for each epoch's training and validation.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import shlex
+import sys
 import tempfile
-import time
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
-import registry
-from registry.data.text import find_text_encoder
+from . import machine, measure, ours, shapes, table
 
-METRICS = ("MAE", "Corr", "Has0_acc_2", "Non0_acc_2", "Mult_acc_5", "Mult_acc_7")
-
-
-class _Enough(Exception):
-    """Raised inside upstream's endless loop when the wanted number of epochs is done."""
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def upstream(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """Train upstream's SELF_MM and return its figures; its loaders, model, trainer and metrics are its own."""
-    from easydict import EasyDict
-    from MMSA.data_loader import MMDataLoader
-    from MMSA.models import AMIO
-    from MMSA.trains.multiTask.SELF_MM import SELF_MM
-    from MMSA.utils import setup_seed
-
-    preset = json.loads(Path(__file__).parents[2].joinpath("selfmm_plugin/presets/mmsa.json").read_text())["mosi"]
-    encoder = find_text_encoder(options.text_encoder)
-    args = EasyDict(
-        {key: value for key, value in preset.items() if key not in ("tail", "exclude_zero")},
-        model_name="self_mm",
-        dataset_name="mosi",
-        train_mode="regression",
-        custom_feature=str(options.data),
-        feature_T="",
-        feature_A="",
-        feature_V="",
-        feature_dims=[0, 0, 0],
-        use_bert=True,
-        use_finetune=True,
-        need_data_aligned=False,
-        need_model_aligned=False,
-        need_normalized=False,
-        excludeZero=preset["exclude_zero"],
-        save_labels=False,
-        KeyEval="Loss",
-        H=3.0,
-        transformers="bert",
-        pretrained=encoder.source,
-        text_out=encoder.width,
-        device=torch.device(options.device),
-        model_save_path=str(folder / f"upstream-{seed}.pth"),
-    )
-    setup_seed(seed)
-    loaders = MMDataLoader(args, options.workers)
-    args.train_samples = len(loaders["train"].dataset)
-    model = AMIO(args).to(args.device)
-    marks: list[float] = []
-    valid: list[tuple[float, float]] = []
-
-    class Timed(SELF_MM):
-        def do_test(self, *positional: Any, **named: Any) -> dict[str, Any]:
-            _synchronise(options.device)
-            marks.append(time.perf_counter())
-            results = super().do_test(*positional, **named)
-            valid.append((results["Loss"], results["MAE"]))
-            marks.append(time.perf_counter())
-            return results
-
-    class Capped(Timed):
-        def do_test(self, *positional: Any, **named: Any) -> dict[str, Any]:
-            if options.epochs and len(valid) == options.epochs:
-                raise _Enough
-            return super().do_test(*positional, **named)
-
-    marks.append(time.perf_counter())
-    with suppress(_Enough):
-        Capped(args).do_train(model, loaders)
-    trained, validated = marks[1::2], marks[2::2]
-    starts = [marks[0], *validated]
-    model.load_state_dict(torch.load(args.model_save_path))
-    # Upstream chooses by its loss, the mean over batches of their means, rounded.
-    chosen = min(valid, key=lambda figures: figures[0])
-    test = SELF_MM(args).do_test(model, loaders["test"], mode="TEST")
-    return {
-        "seed": seed,
-        "valid_mae": chosen[1],
-        "best_epoch": valid.index(chosen) + 1,
-        "epochs": len(validated),
-        "test": {name: float(test[name]) for name in METRICS},
-        "train_seconds": [end - start for start, end in zip(starts, trained, strict=False)][: len(validated)],
-        "valid_seconds": [end - start for start, end in zip(trained, validated, strict=False)],
-    }
+def time_both(options: argparse.Namespace) -> None:
+    """Time both on synthetic data, and print and write the figures."""
+    shape = shapes.tiny(shapes.SHAPES[options.shape]) if options.tiny else shapes.SHAPES[options.shape]
+    # With other work on the machine, the cores of a tiny one would mostly wait for each other.
+    with tempfile.TemporaryDirectory() as made, machine.threads(1 if options.tiny else None):
+        folder = Path(made)
+        content = shapes.make_features(shape)
+        data, encoder = shapes.write_features(content, folder / "features.pkl"), folder / "encoder"
+        shapes.write_encoder(shape, encoder)
+        case = measure.Case(shape, data, str(encoder), options.device, folder)
+        report = {
+            "command": shlex.join(["python", "-m", "tests.speed.against_upstream", *options.typed]),
+            "machine": machine.describe(options.device),
+            "versions": machine.versions(options.device),
+            "data": shapes.facts(shape, content, ours.preset(shape.dataset)),
+        }
+        _say(report)
+        labels = content["train"]["regression_labels"]
+        del content
+        _measure(case, options, labels, report)
 
 
-def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """Train ours through `registry.run` and return the same figures."""
-    result = registry.run(
-        "self_mm",
-        "mosi",
-        data=options.data,
-        text_encoder=options.text_encoder,
-        seeds=[seed],
-        device=options.device,
-        runs=folder / "runs",
-        config={"epochs": options.epochs},
-    )
-    done = result.runs[0]
-    if done.folder is None:
-        raise SystemExit(f"seed {seed} failed: {done.reason}")
-    run = registry.load_run(done.folder)
-    return {
-        "seed": seed,
-        "valid_mae": run.summary["valid_mae"],
-        "best_epoch": run.best_epoch,
-        "epochs": len(run.history),
-        "test": {name: run.metrics[name] for name in METRICS},
-        "train_seconds": run.history["train_seconds"].tolist(),
-        "valid_seconds": run.history["valid_seconds"].tolist(),
-    }
+def _say(report: dict[str, Any]) -> None:
+    data = report["data"]
+    clips = ", ".join(f"{count} {split}" for split, count in data["splits"].items())
+    for key in ("machine", "versions", "command"):
+        print(f"{key:10}{report[key]}")
+    print(f"{'data':10}shape of {data['dataset']}: {clips} clips, {data['bytes'] / 1e9:.2f} GB, in train ", end="")
+    print(f"{data['tokens'] / data['clips']:.1f} of {data['padded_to']} tokens are real")
 
 
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _measure(case: measure.Case, options: argparse.Namespace, labels: np.ndarray, report: dict[str, Any]) -> None:
+    """Take every measurement, and print and write what is there: the rest may take long."""
+
+    def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+        _write(report, options.output)
+        # What is tiny says nothing of speed, so it need not wait for processes to start.
+        return measure.alone(work, *arguments, here=options.tiny)
+
+    pairs = report["losses"] = alone(measure.same_losses, case)
+    apart = max(abs(theirs - ours_) / abs(theirs) for theirs, ours_ in pairs)
+    losses = ", ".join(f"{theirs:.4f}" for theirs, _ in pairs)
+    print(f"{'same work':10}the losses of the first {len(pairs)} updates, {losses}, agree within {apart:.1e}")
+    upstream = report["upstream"] = alone(measure.time_upstream, case, options.epochs, options.workers)
+    upstream["derived"] = table.derive(upstream, "upstream", report["data"])
+    report["ours"] = {}
+    for precision in options.precision or [None]:
+        extra = {"precision": precision} if precision else {}
+        extra |= {"graph": False} if options.no_graph else {}
+        figures = alone(measure.time_ours, case, options.our_epochs, extra)
+        figures["derived"] = table.derive(figures, "ours", report["data"])
+        report["ours"][figures["precision"]] = figures
+    _print_times(report, options.device)
+    milliseconds = report["ulgm_ms"] = alone(measure.time_ulgm, case, labels)
+    steps = {name: figures["derived"]["step_ms"] for name, figures in report["ours"].items()}
+    shares = ", ".join(f"{milliseconds / step:.2%} of a step in {name}" for name, step in steps.items())
+    print(f"\nULGM's own work: {milliseconds:.3f} ms a step, {shares}")
+    if options.seeds_to_table:
+        _print_seeds_to_table(case, options, report)
+    _write(report, options.output)
+
+
+def _write(figures: dict[str, Any], output: Path | None) -> None:
+    if output:
+        output.write_text(json.dumps(figures, indent=1, default=float))
+
+
+def _print_times(report: dict[str, Any], device: str) -> None:
+    unit = "kernels" if device == "cuda" else "operations"
+    print(f"\n{table.compared(report)}\npeak arithmetic: {report['upstream']['peak'][1]}")
+    for precision, figures in report["ours"].items():
+        print(f"\nours, {precision}: where a step's time goes\n{table.profile(figures['profile'], unit)}")
+
+
+def _print_seeds_to_table(case: measure.Case, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    epochs = 2 if options.tiny else 20
+    more = ["--precision", options.precision[0]] if options.precision else []
+    given = (case.shape.dataset, case.data, case.encoder, case.device, case.folder / "five")
+    made = report["seeds_to_table"] = ours.seeds_to_table(*given, epochs=epochs, more=more)
+    print(f"\n{made['command']}\n{made['printed']}")
+    print(f"from the command to its table, five seeds of {epochs} epochs: {made['seconds']:.1f} s")
+
+
+def compare_quality(options: argparse.Namespace) -> None:
+    """Train both on a file with each seed, and print figures and seconds side by side."""
+    from registry.cli import _seeds
+
+    from . import upstream
+
+    extra = {"precision": options.precision[0]} if options.precision else {}
+    figures: dict[str, list[dict[str, Any]]] = {"upstream": [], "ours": []}
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        given = ("mosi", options.data, options.text_encoder, options.device)
+        for seed in _seeds([options.seeds]):
+            best = folder / f"upstream-{seed}.pth"
+            args = upstream.arguments(*given)
+            figures["upstream"].append(upstream.train(args, seed, options.workers, options.epochs, best))
+            _say_last(figures, "upstream", options.output)
+            figures["ours"].append(ours.train(*given, folder / "runs", seed=seed, epochs=options.epochs, **extra))
+            _say_last(figures, "ours", options.output)
+    rows = {"validation MAE": {side: [run["valid_mae"] for run in runs] for side, runs in figures.items()}}
+    for name in ours.METRICS:
+        rows[f"test {name}"] = {side: [run["test"][name] for run in runs] for side, runs in figures.items()}
+    print(f"\n{'':24}{'upstream':>20}{'ours':>20}")
+    for label, values in rows.items():
+        print(f"{label:24}" + "".join(f"{_spread(values[side]):>20}" for side in figures))
+    for part in ("train_seconds", "valid_seconds"):
+        # The first epoch also pays for starting up.
+        per_epoch = {side: mean(s for run in figures[side] for s in run[part][1:] or run[part]) for side in figures}
+        ratio = per_epoch["upstream"] / per_epoch["ours"]
+        label = part.replace("_seconds", "") + " seconds an epoch"
+        print(f"{label:24}{per_epoch['upstream']:>20.2f}{per_epoch['ours']:>20.2f}   upstream / ours = {ratio:.2f}")
+
+
+def _say_last(figures: dict[str, list[dict[str, Any]]], side: str, output: Path | None) -> None:
+    """Print a seed's figures, and write all that are there: the rest may take hours."""
+    last = figures[side][-1]
+    print(f"{side} {last['seed']}: validation MAE {last['valid_mae']:.4f}, test MAE {last['test']['MAE']:.4f}")
+    _write(figures, output)
 
 
 def _spread(values: list[float]) -> str:
     return f"{mean(values):.4f} ± {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def main() -> None:
+def _options(typed: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--text-encoder", default="minilm")
-    parser.add_argument("--seeds", default="1111-1113")
-    parser.add_argument("--epochs", type=int, help="most epochs; early stopping alone by default")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workers", type=int, default=0, help="upstream's loader processes (its own default is 4)")
-    parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
-    options = parser.parse_args()
-    from registry.cli import _seeds
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--shape", choices=list(shapes.SHAPES), help="time both on synthetic data of this shape")
+    what.add_argument("--data", type=Path, help="compare figures on this feature file of CMU-MOSI")
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, help="upstream's loader processes; 4 on a GPU, its own default, else none")
+    add("--precision", nargs="+", choices=PRECISIONS, help="of ours; its default if left out")
+    add("--epochs", type=int, help="with --shape, upstream's, the first left out (3); with --data, most of both")
+    add("--our-epochs", type=int, default=6, help="with --shape, ours, the first two left out (6)")
+    add("--no-graph", action="store_true", help="ours without recorded steps")
+    add("--tiny", action="store_true", help="a few short clips and a narrow BERT")
+    add("--seeds-to-table", action="store_true", help="also time `benchmark run` of five seeds, 20 epochs each")
+    add("--text-encoder", default="minilm", help="with --data")
+    add("--seeds", default="1111-1113", help="with --data")
+    add("--output", type=Path, help="write every figure to this JSON file")
+    options = parser.parse_args(typed)
+    options.typed = list(typed)
+    if options.workers is None:
+        options.workers = 4 if options.device == "cuda" else 0
+    if options.shape and options.epochs is None:
+        options.epochs = 3
+    return options
 
-    figures: dict[str, list[dict[str, Any]]] = {"upstream": [], "ours": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in _seeds([options.seeds]):
-            for name, train in (("upstream", upstream), ("ours", ours)):
-                with redirect_stderr(io.StringIO()):  # upstream's bars would bury the figures
-                    figures[name].append(train(options, seed, Path(folder)))
-                last = figures[name][-1]
-                print(f"{name} {seed}: validation MAE {last['valid_mae']:.4f}, test MAE {last['test']['MAE']:.4f}")
-                if options.output:
-                    options.output.write_text(json.dumps(figures, indent=1))
-    rows = {"validation MAE": lambda run: run["valid_mae"]}
-    rows |= {f"test {name}": (lambda run, name=name: run["test"][name]) for name in METRICS}
-    print(f"\n{'':24}{'upstream':>20}{'ours':>20}")
-    for label, value in rows.items():
-        print(f"{label:24}" + "".join(f"{_spread([value(run) for run in figures[name]]):>20}" for name in figures))
-    for part in ("train_seconds", "valid_seconds"):
-        # The first epoch also pays for starting up.
-        per_epoch = {name: mean(s for run in figures[name] for s in run[part][1:] or run[part]) for name in figures}
-        ratio = per_epoch["upstream"] / per_epoch["ours"]
-        label = part.replace("_seconds", "") + " seconds an epoch"
-        print(f"{label:24}{per_epoch['upstream']:>20.2f}{per_epoch['ours']:>20.2f}   upstream / ours = {ratio:.2f}")
+
+def main(typed: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = _options(sys.argv[1:] if typed is None else typed)
+    if options.data:
+        compare_quality(options)
+        return
+    try:
+        time_both(options)
+    except measure.Different as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
