@@ -198,15 +198,16 @@ class TrainingHook(nn.Module):
     """
 
     capturable = False
-    """True promises that `loss` and `observe` are made of tensor operations that are the same in every step; `epoch` is
-    then a tensor () on the device, which must not be asked for its value."""
+    """True promises that `loss` and `observe` are made of tensor operations that are the same in every step, and that
+    `observe` reads no parameters, which move meanwhile; `epoch` is then a tensor () on the device, which must not be
+    asked for its value."""
 
     def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
         """Return a scalar, a mean over the micro-batch, that is added to the training loss."""
         return output.prediction.new_zeros(())
 
-    def observe(self, output: FusionOutput, batch: Batch, epoch: int) -> None:
-        """Look at a micro-batch after its backward pass; `epoch` counts from 1."""
+    def observe(self, output: FusionOutput, batch: Batch, epoch: int | Tensor) -> None:
+        """Look at a micro-batch after its backward pass; `epoch` counts from 1, a tensor () only if `capturable`."""
 
     def end_epoch(self, epoch: int) -> None:
         """Called when an epoch's last update is done."""

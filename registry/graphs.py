@@ -99,7 +99,7 @@ class Recorder:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """See whether what runs could be recorded."""
-        before, mode = self._host_state(), torch.cuda.get_sync_debug_mode()
+        before, mode = host_state(self._modules), torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -111,29 +111,25 @@ class Recorder:
         for warning in caught:
             if warning not in waits:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        after = host_state(self._modules)
         if waits:
             self.fault = f"a step waits for the device (in {Path(waits[0].filename).name}, line {waits[0].lineno})"
-        elif changed := next((name for name, was, now in self._compared(before) if was != now), None):
-            self.fault = f"a step {changed}"
+        elif change := next((name for name in before | after if before.get(name) != after.get(name)), None):
+            self.fault = f"a step {change}"
 
-    def _compared(self, before: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-        now = self._host_state()
-        for name in before.keys() | now.keys():
-            yield name, before.get(name), now.get(name)
 
-    def _host_state(self) -> dict[str, Any]:
-        """Return what a step must leave as it is, by what it has done if it did not."""
-        # numpy's own form has an array, which cannot be compared as a whole.
-        of_numpy = {key: _plain(value) for key, value in np.random.get_state(legacy=False).items()}
-        drawn = (random.getstate(), of_numpy, torch.get_rng_state().tolist())
-        state: dict[str, Any] = {"draws random numbers on the host": drawn}
-        for root in self._modules:
-            for name, module in root.named_modules():
-                for key, value in vars(module).items():
-                    if not key.startswith(_OF_TORCH):
-                        what = f"changes {type(root).__name__}{'.' + name if name else ''}.{key}"
-                        state[what] = _plain(value)
-        return state
+def host_state(modules: Sequence[nn.Module]) -> dict[str, Any]:
+    """Return what a step must leave as it is: random states and attributes, by what the step did if it did not."""
+    # numpy's usual form of its state has an array, which cannot be compared as a whole.
+    of_numpy = {key: _plain(value) for key, value in np.random.get_state(legacy=False).items()}
+    drawn = (random.getstate(), of_numpy, torch.get_rng_state().tolist())
+    state: dict[str, Any] = {"draws random numbers on the host": drawn}
+    for root in modules:
+        for name, module in root.named_modules():
+            for key, value in vars(module).items():
+                if not key.startswith(_OF_TORCH):
+                    state[f"changes {'.'.join(filter(None, [type(root).__name__, name, key]))}"] = _plain(value)
+    return state
 
 
 _OF_TORCH = ("_parameters", "_buffers", "_modules", "_forward_", "_backward_", "_state_dict_", "_load_state_dict_")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -225,37 +226,34 @@ class _Step:
     def _update(self, group: Group, rows: Tensor, whole: Batch | None, epoch: int | Tensor) -> Tensor:
         """Do one group, given as one batch or, if that is None, read from the split in the shapes that suit it best."""
         self.optimizer.zero_grad()
-        ends = list(accumulate(map(len, group.micro_batches)))
-        if whole is None:
-            batches = [self.split.batch(micro_batch) for micro_batch in group.micro_batches]
-        else:
-            batches = [whole[start:end] for start, end in pairwise([0, *ends])]
+        parts = [slice(*ends) for ends in pairwise([0, *accumulate(map(len, group.micro_batches))])]
+        cut = (lambda n: self.split.batch(group.micro_batches[n])) if whole is None else (lambda n: whole[parts[n]])
+        batches = map(cut, range(len(parts)))
         with torch.set_grad_enabled(group.step):
             # Clipping comes after each micro-batch, as upstream has it.
             if self.per_sample and self.config.clip_value is None:
-                output = self._forward(rows) if whole is None else output_of(self.model, whole)
-                total = self._at_once([output[start:end] for start, end in pairwise([0, *ends])], batches, epoch)
-            else:
-                total = self._one_by_one(batches, epoch)
-        if group.step:
-            self.optimizer.step()
-        return total.detach()
+                return self._at_once(self._forward(rows, whole), parts, list(batches), epoch)
+            return self._one_by_one(batches, epoch)
 
-    def _forward(self, rows: Tensor) -> FusionOutput:
+    def _forward(self, rows: Tensor, whole: Batch | None) -> FusionOutput:
+        if whole is not None:
+            return output_of(self.model, whole)
         # A CPU is bound by arithmetic, so padding costs; a GPU by launches, so chunks would.
         chunk = len(rows) if self.split.device.type == "cuda" else self.config.batch_size
         return forward(self.model, self.split, rows, chunk)
 
-    def _at_once(self, parts: list[FusionOutput], batches: list[Batch], epoch: int | Tensor) -> Tensor:
+    def _at_once(self, output: FusionOutput, parts: list[slice], batches: list[Batch], epoch: int | Tensor) -> Tensor:
         """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""
-        total = torch.stack([self._loss(*pair) for pair in zip(parts, batches, strict=True)]).sum()
+        seen = [(output[part], batch) for part, batch in zip(parts, batches, strict=True)]
+        total = torch.stack([self._loss(*pair) for pair in seen]).sum()
         if torch.is_grad_enabled():
             total.backward()
-        for part, batch in zip(parts, batches, strict=True):
-            self._observe(part, batch, epoch)
-        return total
+        with self._beside_update():
+            for part, batch in seen:
+                self._observe(part, batch, epoch)
+        return total.detach()
 
-    def _one_by_one(self, batches: list[Batch], epoch: int | Tensor) -> Tensor:
+    def _one_by_one(self, batches: Iterable[Batch], epoch: int | Tensor) -> Tensor:
         losses = []
         for batch in batches:
             output = output_of(self.model, batch)
@@ -265,7 +263,24 @@ class _Step:
                 self._clip()
             self._observe(output, batch, epoch)
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        with self._beside_update():
+            return torch.stack(losses).sum()
+
+    @contextmanager
+    def _beside_update(self) -> Iterator[None]:
+        """Update the parameters, if a gradient was wanted; in a recorded step on a branch beside what is done here."""
+        if not torch.is_grad_enabled():
+            yield
+        elif self.split.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            here, branch = torch.cuda.current_stream(), torch.cuda.Stream()
+            branch.wait_stream(here)
+            with torch.cuda.stream(branch):
+                self.optimizer.step()
+            yield
+            here.wait_stream(branch)
+        else:
+            yield
+            self.optimizer.step()
 
     def _clip(self) -> None:
         if self.config.clip_value is not None:
@@ -281,7 +296,7 @@ class _Step:
 
     def _observe(self, output: FusionOutput, batch: Batch, epoch: int | Tensor) -> None:
         for hook in self.hooks:
-            hook.observe(output, batch, epoch)  # type: ignore[arg-type]
+            hook.observe(output, batch, epoch)
 
 
 def _make_recorder(

@@ -150,7 +150,6 @@ class UnimodalSupervision(nn.Module):
         """Let the generator see a micro-batch that `loss` was called with; `epoch` counts from 1.
 
         It may be an integer tensor () beside the labels, which a CUDA graph reads anew at every replay.
-
         Call it once for every `loss` in training mode, in the same order, after the backward pass.
 
         Raises:
@@ -227,6 +226,8 @@ class UlgmHook(TrainingHook):
         InputError: `tasks` names a modality the model gives no features of, or human labels are asked for and absent.
     """
 
+    capturable = True
+
     def __init__(
         self, config: UlgmConfig, train: TrainingData, feature_dims: Mapping[str, int], *, name: str = "ulgm"
     ) -> None:
@@ -268,7 +269,7 @@ class UlgmHook(TrainingHook):
     def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
         return self.supervision.loss(output.features, batch.index)
 
-    def observe(self, output: FusionOutput, batch: Batch, epoch: int) -> None:
+    def observe(self, output: FusionOutput, batch: Batch, epoch: int | Tensor) -> None:
         self.supervision.observe(batch.index, epoch)
 
     def end_epoch(self, epoch: int) -> None:

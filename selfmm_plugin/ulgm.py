@@ -13,7 +13,8 @@ only callables of users are called task by task. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -437,7 +438,8 @@ class UnimodalLabelGenerator(nn.Module):
         classes = torch.heaviside(deciding[..., None] * self.sides, self.classes_of_zero)
         # One matrix product takes the classes of each task with the rows of each, and its diagonal is what is wanted: a
         # GPU spreads one over clips, and reads them once, however few rows come out.
-        sums = (classes.flatten(1).T @ self.clips.flatten(1)).view(-1, 2, *self.clips.shape[1:])
+        with _in_float32():
+            sums = (classes.flatten(1).T @ self.clips.flatten(1)).view(-1, 2, *self.clips.shape[1:])
         sums = sums.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         counts = sums[..., COUNTS]
         centers = sums[..., 1:COUNTS] / counts[..., None]
@@ -465,6 +467,17 @@ class UnimodalLabelGenerator(nn.Module):
         torch.where(due, self.class_centers, standing, out=self.class_centers)
         torch.where(due, self.has_center, stood, out=self.has_center)
         self.last_epoch.fill_(epoch)
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Keep a matrix product from rounding its factors to TF32: sums over all clips would lose three digits."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _check_epoch(epoch: int | Tensor, device: torch.device) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import registry
 from registry.contract import Batch, ModelSpec
+from registry.data import batches
 from registry.data.batches import predict
 from registry.data.text import TextEncoder
+from registry.data.text_model import TextModel
+from registry.graphs import Recorder
 from registry.jobs import needs_of
 from registry.plugins import Plugins
 from registry.training import Epoch, Watcher
 from selfmm_plugin import UnimodalLabelGenerator, UnimodalSupervision
 from selfmm_plugin.upstream import translate
 from tests.baselines import batch, configured, info
-from tests.helpers import TINY_BERT, feature_file
+from tests.helpers import TINY_BERT, feature_file, tiny_encoder
 from tests.test_golden import TRACES, Trace
 
 CUDA = torch.device("cuda")
@@ -170,3 +175,210 @@ def test_a_run_on_a_gpu_is_loaded_on_the_cpu(tmp_path, encoder):
     assert {parameter.device.type for parameter in run.model.parameters()} == {"cpu"}
     assert run.predictions["prediction"].notna().all()
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+class Still:
+    """Everything that draws random numbers on the device stands still, so that runs can be compared."""
+
+    def __init__(self, monkeypatch, tmp_path) -> None:
+        monkeypatch.setattr(torch.nn.functional, "dropout", lambda values, *_, **__: values)
+        monkeypatch.setattr(torch, "randn_like", same_draws)
+        self.tmp_path = tmp_path
+        self.encoder = str(tiny_encoder(tmp_path / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        sizes = {"train": 70, "valid": 12, "test": 12}
+        keys = [f"regression_labels_{task}" for task in "TAV"]
+        own = {split: {key: np.linspace(-2, 2, n, dtype=np.float32) for key in keys} for split, n in sizes.items()}
+        self.data = feature_file(tmp_path, sizes=sizes, **own)
+
+    def run(self, model: str, runs: str, **options) -> registry.Result:
+        config = {"epochs": 3, "batch_size": 8, **options.pop("config", {})}
+        return registry.run(
+            model,
+            "custom",
+            data=self.data,
+            text_encoder=self.encoder,
+            label_range=3.0,
+            runs=self.tmp_path / runs,
+            config=config,
+            device="cuda",
+            **options,
+        )
+
+
+@pytest.fixture
+def still(monkeypatch, tmp_path) -> Still:
+    return Still(monkeypatch, tmp_path)
+
+
+def weights_of(result: registry.Result) -> dict[str, np.ndarray]:
+    run = registry.load_run(result.runs[0].folder)
+    return {name: values.cpu().numpy() for name, values in run.model.state_dict().items()}
+
+
+def log_of(result: registry.Result) -> str:
+    return (result.runs[0].folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("batch_size", [8, 20])
+@pytest.mark.parametrize("hook", ["", "hook.centers=epoch", "hook.distance=cosine", "supervision=multimodal"])
+def test_recorded_steps_give_what_usual_ones_give(still, hook, batch_size):
+    """Weights, predictions and generated labels after three epochs, the tail's steps included."""
+    changed = dict([hook.split("=")]) if hook else {}
+    config = {"update_epochs": 2, "batch_size": batch_size, **changed}
+    recorded = still.run("self_mm", "recorded", precision="fp32", config=config)
+    usual = still.run("self_mm", "usual", precision="fp32", config=config, graph=False)
+    assert "steps were replayed" in log_of(recorded)
+    assert "replayed" not in log_of(usual)
+    expected = weights_of(usual)
+    for name, values in weights_of(recorded).items():
+        np.testing.assert_allclose(values, expected[name], atol=2e-5, err_msg=name)
+    one, other = (registry.load_run(result.runs[0].folder) for result in (recorded, usual))
+    columns = ["text", "audio", "vision"]
+    np.testing.assert_allclose(one.table("labels")[columns], other.table("labels")[columns], atol=2e-3)
+    np.testing.assert_allclose(one.predictions["prediction"], other.predictions["prediction"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in Plugins().entries("model")])
+def test_every_model_trains_recorded_or_not_to_the_same(still, name):
+    recorded, usual = (still.run(name, runs, precision="fp32", graph=runs == "a") for runs in ("a", "b"))
+    assert [run.reason for run in (*recorded.runs, *usual.runs)] == [None, None]
+    print(name, log_of(recorded).splitlines()[-1])
+    expected = weights_of(usual)
+    for weight, values in weights_of(recorded).items():
+        np.testing.assert_allclose(values, expected[weight], atol=2e-4, err_msg=weight)
+
+
+class NeverWaits(Watcher):
+    """Makes every wait for the device an error from one step to the next, within an epoch."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if epoch > 1 and step < steps else "default")
+        self.steps += epoch > 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_training_step_never_waits_for_the_device(still, precision, graph):
+    watcher = NeverWaits()
+    try:
+        result = still.run("self_mm", "runs", precision=precision, graph=graph, watcher=watcher)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.runs[0].status == "ok", result.runs[0].reason
+    assert watcher.steps > 2
+
+
+def recorder_of(*modules: torch.nn.Module) -> Recorder:
+    return Recorder(modules, lambda: None)
+
+
+def clips(n: int = 4) -> Batch:
+    return Batch(index=torch.arange(n, device=CUDA))
+
+
+def test_dropout_is_drawn_anew_in_every_replay():
+    recorder, layer = recorder_of(), torch.nn.Dropout(0.5)
+    found = [recorder(lambda batch: layer(torch.ones(1000, device=CUDA)).clone(), clips(), 0).clone() for _ in range(6)]
+    assert recorder.replayed == 4
+    assert len({tuple(values.tolist()) for values in found}) == 6
+
+
+def test_replays_read_the_batch_they_are_given():
+    recorder = recorder_of()
+    batches = [Batch(index=torch.full((3,), n, device=CUDA)) for n in range(5)]
+    found = [int(recorder(lambda batch: batch.index.sum(), batch, 0)) for batch in batches]
+    assert (found, recorder.replayed) == ([0, 3, 6, 9, 12], 3)
+    assert int(recorder(lambda batch: batch.index.sum(), clips(7), 0)) == 21
+
+
+class Waits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(gradient.sum())
+
+
+def waits_in_forward(batch: Batch) -> torch.Tensor:
+    return batch.index * float(batch.index.sum())
+
+
+def waits_in_backward(batch: Batch) -> torch.Tensor:
+    values = torch.ones(3, device=CUDA, requires_grad=True)
+    Waits.apply(values).sum().backward()
+    return values.grad * batch.index.sum()
+
+
+@pytest.mark.parametrize("step", [waits_in_forward, waits_in_backward])
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_step_that_waits_for_the_device_runs_as_usual(step, seen, monkeypatch):
+    """Also where it was not seen to wait, so that recording it fails: dropout must go on then."""
+    if not seen:
+        monkeypatch.setattr(Recorder, "_watched", lambda self: contextlib.nullcontext())
+    recorder = recorder_of()
+    expected = step(clips())
+    for _ in range(5):
+        assert torch.equal(recorder(step, clips(), 0), expected)
+    assert recorder.replayed == 0
+    assert "were not recorded" in str(recorder)
+    assert 0 < float(torch.nn.functional.dropout(torch.ones(1000, device=CUDA)).mean()) < 2
+    fresh = recorder_of()
+    for _ in range(4):
+        fresh(lambda batch: torch.rand(3, device=CUDA), clips(), 0)
+    assert fresh.replayed == 2
+
+
+def test_a_hook_that_promises_nothing_gets_plain_numbers(still, tmp_path):
+    file = tmp_path / "counting.py"
+    file.write_text(COUNTING)
+    result = still.run("self_mm", "runs", plugins=[str(file)], hooks=["counting"])
+    assert "the hook counting does not promise" in log_of(result)
+    assert registry.load_run(result.runs[0].folder).table("epochs")["seen"].tolist() == [1, 2, 3]
+
+
+COUNTING = """
+from registry import HookSpec, TrainingHook
+
+class Counting(TrainingHook):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+    def observe(self, output, batch, epoch):
+        assert isinstance(epoch, int)
+        self.seen.add(epoch)
+    def artifacts(self):
+        return {"epochs": {"seen": sorted(self.seen)}}
+
+SPEC = HookSpec(name="counting", summary="counts", build=lambda config, train, feature_dims: Counting())
+"""
+
+
+def test_what_does_not_fit_stays_on_the_host_and_gives_the_same(still, monkeypatch):
+    config = {"batch_size": 8}
+    on_device = still.run("self_mm", "device", precision="fp32", config=config)
+    monkeypatch.setattr(batches, "SHARE_OF_MEMORY", 0.0)
+    on_host = still.run("self_mm", "host", precision="fp32", config=config)
+    expected = weights_of(on_device)
+    for name, values in weights_of(on_host).items():
+        np.testing.assert_allclose(values, expected[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_attention_is_that_of_padded_clips(dtype):
+    torch.manual_seed(0)
+    model = TextModel(transformers.BertModel(transformers.BertConfig(**{**TINY_BERT, "hidden_size": 32}))).eval().cuda()
+    model.dtype = dtype
+    mask = (torch.arange(20) < torch.randint(2, 21, (16, 1))).long().cuda()
+    ids = torch.randint(1, 50, mask.shape, device=CUDA) * mask
+    real = int(mask.sum())
+    expected = model(ids, mask, torch.zeros_like(ids))
+    for rows in (real + 1, min(real + 60, mask.numel())):
+        places = (mask == 0).flatten().sort(stable=True).indices[:rows]
+        found = model(ids, mask, torch.zeros_like(ids), places)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=tolerance, rtol=0)

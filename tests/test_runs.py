@@ -128,7 +128,7 @@ def test_the_weights_hold_the_hook_as_well(trained):
     run, _ = trained
     names = load_file(run.folder / "model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"model", "hook"}
-    assert "hook.ulgm.supervision.generator.memory.text.labels" in names
+    assert "hook.ulgm.supervision.generator.clips" in names
 
 
 def test_an_id_that_looks_like_a_number_or_like_nothing_stays_text(tmp_path):

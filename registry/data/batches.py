@@ -71,7 +71,8 @@ class Split:
     def sizes(self, rows: Tensor, *, rounded: bool = False) -> dict[str, int]:
         """Return how long the sequences of a batch of `rows` (B, int64, on the host) are, padding included.
 
-        The keys are the inputs', `"tokens"` that of text, and `"rows"`: the number of tokens that an encoder computes.
+        The keys are the inputs', `"tokens"` that of text, and `"rows"`: the number of tokens that an encoder computes
+        where there is padding that it need not.
         With `rounded` they are lengthened to one of a few sizes, so that batches have few shapes.
         """
         host, sizes = rows.numpy(), {}
@@ -81,8 +82,9 @@ class Split:
             step = 32 if name == "tokens" else -(-whole // 4)
             sizes[name] = min(_up(longest, step), whole) if rounded else longest
         if "tokens" in sizes and self.trims:
-            real = int(self._real_tokens[host].sum())
-            sizes["rows"] = min(_up(real, SPARE), len(rows) * sizes["tokens"]) if rounded else real
+            real, all_tokens = int(self._real_tokens[host].sum()), len(rows) * sizes["tokens"]
+            if real < all_tokens:
+                sizes["rows"] = min(_up(real + 1, SPARE), all_tokens) if rounded else real + 1
         return sizes
 
     def batch(self, rows: Tensor, sizes: Mapping[str, int] | None = None) -> Batch:

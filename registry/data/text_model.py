@@ -18,7 +18,7 @@ from torch.nested import nested_tensor_from_jagged
 from torch.nn.functional import scaled_dot_product_attention
 
 SPARE = 64
-"""Packed tokens that are not real are fewer than this: their number is rounded up to a multiple of it."""
+"""Packed tokens are the real ones and at least one and at most so many others."""
 _PACKED = "packed_tokens"
 """our attention's name among transformers' own"""
 
@@ -33,15 +33,20 @@ class TextModel(nn.Module):
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self.takes_segments = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1
-        self.can_pack = _prepared(model)
         self.dtype = torch.float32
+        _prepare(model)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether the encoder reads packed tokens."""
+        return getattr(self.model.config, "_attn_implementation", None) == _PACKED
 
     def forward(self, ids: Tensor, mask: Tensor, segments: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the last hidden state (B, L, width), float32, of tokens (B, L).
 
         Args:
             ids, mask, segments: of every token; the mask is 1 at real ones.
-            rows: (T) places in the flattened (B·L) of the real tokens, in their order, then of fewer than `SPARE`
+            rows: (T) places in the flattened (B·L) of the real tokens, in their order, then of 1 to `SPARE`
                 others: the rest is 0. Without it, and where the encoder is none that can, padding is computed as well.
         """
         if not self.can_pack:
@@ -106,7 +111,7 @@ class _Packing:
 
     Args:
         mask: (B, L), 1 at real tokens.
-        rows: (T) places in the flattened (B·L), the real ones in their order, then fewer than `SPARE` others.
+        rows: (T) places in the flattened (B·L), the real ones in their order, then 1 to `SPARE` others.
     """
 
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
@@ -126,7 +131,7 @@ class _Packing:
         if heads[0].is_cuda:
             longest = max(SPARE, self.mask.shape[1])
             query, key, value = (
-                nested_tensor_from_jagged(tensor, self.offsets, min_seqlen=0, max_seqlen=longest).transpose(1, 2)
+                nested_tensor_from_jagged(tensor, self.offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
                 for tensor in heads
             )
             found = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
@@ -155,18 +160,16 @@ def _attention(
     return packing.attend(heads, options.get("dropout", 0.0), options.get("scaling"))[None], None
 
 
-def _prepared(model: nn.Module) -> bool:
-    """Make a model's attention one that can read packed tokens; return whether it can."""
-    config = getattr(model, "config", None)
-    # Of an encoder of another kind it is not known whether its positions and its attention can be told apart.
-    if getattr(config, "model_type", None) != "bert" or not getattr(model, "_supports_attention_backend", False):
-        return False
+def _prepare(model: nn.Module) -> None:
+    """Make a model's attention one that can read packed tokens, where that is known to be right."""
+    # Of encoders of other kinds it is not known that positions can be given and that only attention mixes tokens.
+    if getattr(model.config, "model_type", None) != "bert" or not getattr(model, "_supports_attention_backend", False):
+        return
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     except ImportError:  # of an older transformers
-        return False
+        return
     AttentionInterface.register(_PACKED, _attention)
     AttentionMaskInterface.register(_PACKED, sdpa_mask)
     model.set_attn_implementation(_PACKED)  # type: ignore[operator]
-    return True

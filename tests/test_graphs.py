@@ -1,0 +1,87 @@
+"""What tells whether a step can be recorded; that it is recorded and replayed, only a GPU can show (test_gpu.py)."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from registry.graphs import host_state
+
+
+class Model(nn.Module):
+    """With attributes of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(2, 3)
+        self.steps, self.seen, self.queue = 0, {"a": [1, 2]}, deque([1])
+        self.schedule = SimpleNamespace(temperature=1.0)
+        self.table = np.zeros(3)
+        self.bank = torch.zeros(2)
+        self.register_buffer("mean", torch.zeros(2))
+
+
+def change(step) -> list[str]:
+    """Return what a step is said to have changed."""
+    model = Model()
+    before = host_state([model])
+    step(model)
+    after = host_state([model])
+    return [name for name in before | after if before.get(name) != after.get(name)]
+
+
+def count(model: Model) -> None:
+    model.steps += 1
+
+
+def rebind(model: Model) -> None:
+    model.bank = model.bank + 1
+
+
+def anneal(model: Model) -> None:
+    model.schedule.temperature *= 0.9
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (count, "changes Model.steps"),
+        (lambda model: model.seen["a"].append(3), "changes Model.seen"),
+        (anneal, "changes Model.schedule"),
+        (lambda model: model.table.fill(1), "changes Model.table"),
+        (rebind, "changes Model.bank"),
+        (lambda model: setattr(model, "new", 1), "changes Model.new"),
+        (lambda model: setattr(model.inner, "dropout", 0.5), "changes Model.inner.dropout"),
+        (lambda model: random.random(), "draws random numbers on the host"),
+        (lambda model: np.random.rand(), "draws random numbers on the host"),
+        (lambda model: torch.rand(1), "draws random numbers on the host"),
+    ],
+)
+def test_what_a_recorded_step_would_not_repeat_is_seen(step, said):
+    assert change(step) == [said]
+
+
+def queue_and_take(model: Model) -> None:
+    model.queue.append(2)
+    model.queue.pop()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda model: None,
+        queue_and_take,
+        lambda model: model.bank.add_(1),
+        lambda model: model.mean.add_(1),
+        lambda model: model.inner(torch.zeros(4, 1, 2))[0].sum().backward(),
+        lambda model: torch.optim.SGD(model.parameters(), lr=1.0).zero_grad(),
+    ],
+)
+def test_what_tensors_hold_may_change(step):
+    assert change(step) == []

@@ -1,0 +1,128 @@
+"""The text encoder's module: packed tokens give what padded ones give, and bf16 what float32 gives, nearly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+from registry.data.text_model import TextModel, set_precision
+from tests.helpers import TINY_BERT
+
+LENGTHS = (5, 9, 2, 7)
+
+
+def tokens(lengths=LENGTHS, longest: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, 50, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    return ids, mask, torch.zeros_like(ids)
+
+
+def rows_of(mask: Tensor, spare: int = 1) -> Tensor:
+    return (mask == 0).flatten().sort(stable=True).indices[: int(mask.sum()) + spare]
+
+
+def encoder(**settings) -> TextModel:
+    torch.manual_seed(0)
+    config = {key: value for key, value in TINY_BERT.items() if key != "model_type"}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return TextModel(BertModel(BertConfig(**config, **still, **settings)))
+
+
+def gradients(model: TextModel, given, rows: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    states = model(*given, rows)
+    weights = torch.linspace(-1, 1, states.numel()).view_as(states) * given[1][:, :, None]
+    (states * weights).sum().backward()
+    return states.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("spare", [1, 4])
+def test_packed_tokens_give_what_padded_ones_give(spare):
+    model, given = encoder(), tokens()
+    assert model.can_pack
+    expected, expected_gradients = gradients(model, given, None)
+    found, found_gradients = gradients(model, given, rows_of(given[1], spare))
+    real = given[1].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-6, rtol=0)
+    assert not found[~real].any()
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_packed_tokens_keep_the_places_that_padding_on_the_left_gives_them():
+    model = encoder().eval()
+    ids, mask, segments = (tensor.flip(1) for tensor in tokens())
+    expected, found = model(ids, mask, segments), model(ids, mask, segments, rows_of(mask))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-6, rtol=0)
+
+
+def test_padding_is_computed_only_where_it_must_be():
+    model, given = encoder(), tokens()
+    widths: list[int] = []
+    layer = model.model.encoder.layer[0].intermediate
+    layer.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[:-1].numel()))
+    model(*given)
+    model(*given, rows_of(given[1]))
+    assert widths == [given[1].numel(), sum(LENGTHS) + 1]
+
+
+def test_an_encoder_of_another_kind_computes_padding_and_gives_the_same():
+    torch.manual_seed(0)
+    other = TextModel(DistilBertModel(DistilBertConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, hidden_dim=8)))
+    given = tokens()
+    other.eval()
+    assert not other.can_pack
+    assert torch.equal(other(*given), other(*given, rows_of(given[1])))
+
+
+def test_the_states_are_those_of_transformers_itself():
+    model, (ids, mask, segments) = encoder().eval(), tokens()
+    plain = BertModel(copy.deepcopy(model.model.config), add_pooling_layer=False).eval()
+    plain.load_state_dict(model.model.state_dict())
+    plain.set_attn_implementation("eager")
+    expected = plain(input_ids=ids, attention_mask=mask, token_type_ids=segments).last_hidden_state
+    for rows in (None, rows_of(mask)):
+        found = model(ids, mask, segments, rows)
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
+
+
+def test_attention_that_is_set_otherwise_is_never_given_packed_tokens():
+    model, given = encoder().eval(), tokens()
+    expected = model(*given)
+    model.model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(*given, rows_of(given[1])), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_bf16_is_near_float32_and_its_gradients_are_float32(packs):
+    model, given = encoder(), tokens()
+    rows = rows_of(given[1]) if packs else None
+    expected, expected_gradients = gradients(model, given, rows)
+    set_precision(model, "bf16")
+    found, found_gradients = gradients(model, given, rows)
+    assert found.dtype == torch.float32
+    assert {gradient.dtype for gradient in found_gradients.values()} == {torch.float32}
+    assert found_gradients.keys() == expected_gradients.keys()
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    assert not torch.equal(found, expected)
+    one, other = (torch.cat([g.flatten() for g in of.values()]) for of in (found_gradients, expected_gradients))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.999
+    set_precision(model, "fp32")
+    assert torch.equal(gradients(model, given, rows)[0], expected)
+
+
+def test_weights_below_bf16_s_steps_still_move():
+    """Weights are float32: an update that bf16 would round away is kept."""
+    model, given = encoder(), tokens()
+    set_precision(model, "bf16")
+    before = model.model.encoder.layer[0].output.dense.weight.clone()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    gradients(model, given, rows_of(given[1]))
+    optimizer.step()
+    moved = (model.model.encoder.layer[0].output.dense.weight.detach() - before.detach()).abs()
+    assert 0 < float(moved.max()) < 2e-6
