@@ -6,7 +6,6 @@ those of one update, so that an epoch is one update: with the second, generated 
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -20,9 +19,10 @@ from MMSA.trains.multiTask.SELF_MM import SELF_MM
 from torch import nn
 from torch.utils.data import DataLoader
 
-from registry import TrainingData, training
+from registry import TrainingData
 from registry.isolation import isolated
 from registry.jobs import make_plan
+from registry.training import train
 from selfmm_plugin.upstream import translate
 
 from . import upstream
@@ -132,7 +132,5 @@ def _ours(dataset: str, data: Path, encoder: str, device: str, weights: dict[str
         without_dropout(module)
     generator = torch.Generator().manual_seed(SEED)
     options: dict[str, Any] = {"per_sample": plan.spec.per_sample, "generator": generator, "watcher": Silent()}
-    if "precision" in inspect.signature(training.train).parameters:
-        options["precision"] = "fp32"
-    outcome = training.train(model, hooks, plan.config.model, splits, **options)
+    outcome = train(model, hooks, plan.config.model, splits, **options)
     return [epoch.train_loss for epoch in outcome.history]
