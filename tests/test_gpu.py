@@ -12,11 +12,12 @@ import torch
 import transformers
 
 import registry
+from registry import benchmark
 from registry.contract import Batch, ModelSpec
 from registry.data import batches
 from registry.data.batches import predict
 from registry.data.text import TextEncoder
-from registry.data.text_model import TextModel
+from registry.data.text_model import SPARE, TextModel, set_precision
 from registry.graphs import Recorder
 from registry.jobs import needs_of
 from registry.plugins import Plugins
@@ -183,6 +184,7 @@ class Still:
     def __init__(self, monkeypatch, tmp_path) -> None:
         monkeypatch.setattr(torch.nn.functional, "dropout", lambda values, *_, **__: values)
         monkeypatch.setattr(torch, "randn_like", same_draws)
+        monkeypatch.setattr(benchmark, "set_precision", lambda model, name: set_precision(without_dropout(model), name))
         self.tmp_path = tmp_path
         self.encoder = str(tiny_encoder(tmp_path / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
         sizes = {"train": 70, "valid": 12, "test": 12}
@@ -242,7 +244,7 @@ def test_recorded_steps_give_what_usual_ones_give(still, hook, batch_size):
 def test_every_model_trains_recorded_or_not_to_the_same(still, name):
     recorded, usual = (still.run(name, runs, precision="fp32", graph=runs == "a") for runs in ("a", "b"))
     assert [run.reason for run in (*recorded.runs, *usual.runs)] == [None, None]
-    print(name, log_of(recorded).splitlines()[-1])
+    print(name, log_of(recorded).splitlines()[-1])  # with -s: which models are recorded
     expected = weights_of(usual)
     for weight, values in weights_of(recorded).items():
         np.testing.assert_allclose(values, expected[weight], atol=2e-4, err_msg=weight)
@@ -377,7 +379,7 @@ def test_packed_attention_is_that_of_padded_clips(dtype):
     ids = torch.randint(1, 50, mask.shape, device=CUDA) * mask
     real = int(mask.sum())
     expected = model(ids, mask, torch.zeros_like(ids))
-    for rows in (real + 1, min(real + 60, mask.numel())):
+    for rows in (real + 1, min(real + SPARE, mask.numel())):
         places = (mask == 0).flatten().sort(stable=True).indices[:rows]
         found = model(ids, mask, torch.zeros_like(ids), places)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05

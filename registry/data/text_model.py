@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nested import nested_tensor_from_jagged
 from torch.nn.functional import scaled_dot_product_attention
 
-SPARE = 64
+SPARE = 128
 """Packed tokens are the real ones and at least one and at most so many others."""
 _PACKED = "packed_tokens"
 """our attention's name among transformers' own"""
@@ -118,8 +117,8 @@ class _Packing:
         self.mask = mask.bool()
         self.rows = rows
         # What is not real makes up a clip of its own, at the end.
-        clips = self.mask.sum(1).cumsum(0)
-        self.offsets = torch.cat([torch.zeros_like(rows[:1]), clips, torch.full_like(rows[:1], len(rows))])
+        real = self.mask.sum(1).cumsum(0)
+        self.ends = torch.cat([torch.zeros_like(rows[:1]), real, torch.full_like(rows[:1], len(rows))]).int()
 
     def spread(self, packed: Tensor) -> Tensor:
         """Return (B, L, …) of (T, …); what no row names is 0."""
@@ -130,12 +129,23 @@ class _Packing:
         """Return the attention (T, H, d) of query, key and value, (T, H, d) each, within each clip."""
         if heads[0].is_cuda:
             longest = max(SPARE, self.mask.shape[1])
-            query, key, value = (
-                nested_tensor_from_jagged(tensor, self.offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
-                for tensor in heads
+            query, key, value = (tensor[None] for tensor in heads)
+            # What torch's nested tensors call for sequences of different lengths, without their cost on the host.
+            found, *_ = torch.ops.aten._efficient_attention_forward(
+                query,
+                key,
+                value,
+                None,
+                self.ends,
+                self.ends,
+                longest,
+                longest,
+                dropout,
+                0,
+                torch.is_grad_enabled(),
+                scale=scale,
             )
-            found = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
-            return found.transpose(1, 2).values()
+            return found[0]
         query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads)
         each_sees = self.mask[:, None, None]
         found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout, scale=scale)
