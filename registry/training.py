@@ -216,7 +216,7 @@ class _Step:
 
     def __call__(self, group: Group, epoch: int | Tensor) -> Tensor:
         rows = torch.cat(list(group.micro_batches))
-        if self.recorder is None:
+        if self.recorder is None or self.recorder.fault:
             return self._update(group, rows, None, epoch)
         batch = self.split.batch(rows, self.split.sizes(rows, rounded=True))
         rates = tuple(group["lr"] for group in self.optimizer.param_groups)
@@ -238,8 +238,9 @@ class _Step:
     def _forward(self, rows: Tensor, whole: Batch | None) -> FusionOutput:
         if whole is not None:
             return output_of(self.model, whole)
-        # A CPU is bound by arithmetic, so padding costs; a GPU by launches, so chunks would.
-        chunk = len(rows) if self.split.device.type == "cuda" else self.config.batch_size
+        # A CPU is bound by arithmetic, so what is computed of padding costs; a GPU by launches, so chunks would.
+        pads = not any(isinstance(module, TextModel) and module.can_pack for module in self.model.modules())
+        chunk = self.config.batch_size if pads and self.split.device.type == "cpu" else len(rows)
         return forward(self.model, self.split, rows, chunk)
 
     def _at_once(self, output: FusionOutput, parts: list[slice], batches: list[Batch], epoch: int | Tensor) -> Tensor:

@@ -120,3 +120,33 @@ def test_groups_hold_every_row_once(n, batch_size, update_epochs, seed):
     assert all(group.step for group in made[0])
     complete = [len(group.micro_batches) == update_epochs for group in made[1]]
     assert [group.step for group in made[1]] == ([True] if len(complete) == 1 else complete)
+
+
+
+
+@given(st.lists(st.integers(0, 19), min_size=1, max_size=20))
+def test_rounded_batches_hold_all_that_is_real_and_have_few_shapes(arrays, clips):
+    split, rows = Split(arrays, arrays.text_bert, CPU, train=True), torch.tensor(clips)
+    exact, rounded = split.sizes(rows), split.sizes(rows, rounded=True)
+    whole = {"tokens": 9, "audio": 6, "vision": 4}
+    assert all(exact[name] <= rounded[name] <= whole[name] for name in whole)
+    quarters = [[-(-n * quarter // 4) for n in whole.values()] for quarter in (1, 2, 3, 4)]
+    assert [rounded[name] for name in whole] in quarters
+    batch = split.batch(rows, rounded)
+    assert batch.audio.shape[1] == rounded["audio"]
+    real = batch.text_mask.flatten().nonzero().flatten()
+    found = real if batch.text_rows is None else batch.text_rows[: len(real)]
+    assert torch.equal(found, real)
+
+
+def test_where_no_token_is_padding_there_are_no_rows_to_choose(arrays):
+    tokens = arrays.text_bert.copy()
+    tokens[:, 1] = 1
+    split = Split(arrays, tokens, CPU, train=True)
+    assert split.batch(torch.arange(4)).text_rows is None
+
+
+def test_what_needs_padding_is_not_told_to_skip_it(arrays):
+    split = Split(arrays, arrays.text_bert, CPU, train=True, needs=("audio", "padding"))
+    assert split.batch(torch.arange(4)).text_rows is None
+    assert split.sizes(torch.arange(4), rounded=True) == {"audio": 6, "tokens": 9}

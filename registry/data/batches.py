@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,9 @@ class Split:
         # Lengths stay on the host too: trimming must not ask the device for a number.
         self._lengths = {name: of for name in given if (of := getattr(arrays, f"{name}_lengths")) is not None}
         self._device_lengths = {f"{name}_lengths": _tensor(of).to(device) for name, of in self._lengths.items()}
+        self._real_tokens = None if tokens is None else tokens[:, 1].sum(axis=1)
         if tokens is not None:
             self._lengths["tokens"] = _last_real(tokens[:, 1])
-            self._real_tokens = tokens[:, 1].sum(axis=1)
 
     def __len__(self) -> int:
         return len(self.labels["M"])
@@ -72,19 +73,20 @@ class Split:
         """Return how long the sequences of a batch of `rows` (B, int64, on the host) are, padding included.
 
         The keys are the inputs', `"tokens"` that of text, and `"rows"`: the number of tokens that an encoder computes
-        where there is padding that it need not.
-        With `rounded` they are lengthened to one of a few sizes, so that batches have few shapes.
+        where there is padding that it need not. With `rounded` batches have few shapes: all inputs are cut at the same
+        quarter of their full lengths.
         """
-        host, sizes = rows.numpy(), {}
-        for name, sequence in self._sequences.items():
-            whole = sequence.shape[-1 if name == "tokens" else 1]
-            longest = int(self._lengths[name][host].max()) if self.trims and name in self._lengths else whole
-            step = 32 if name == "tokens" else -(-whole // 4)
-            sizes[name] = min(_up(longest, step), whole) if rounded else longest
-        if "tokens" in sizes and self.trims:
+        host = rows.numpy()
+        whole = {name: each.shape[-1 if name == "tokens" else 1] for name, each in self._sequences.items()}
+        lengths = self._lengths if self.trims else {}
+        sizes = whole | {name: int(of[host].max()) for name, of in lengths.items()}
+        if rounded:
+            quarter = max((math.ceil(4 * sizes[name] / whole[name]) for name in lengths), default=4)
+            sizes |= {name: math.ceil(quarter * whole[name] / 4) for name in lengths}
+        if self.trims and self._real_tokens is not None:
             real, all_tokens = int(self._real_tokens[host].sum()), len(rows) * sizes["tokens"]
             if real < all_tokens:
-                sizes["rows"] = min(_up(real + 1, SPARE), all_tokens) if rounded else real + 1
+                sizes["rows"] = min(-(-(real + 1) // SPARE) * SPARE, all_tokens) if rounded else real + 1
         return sizes
 
     def batch(self, rows: Tensor, sizes: Mapping[str, int] | None = None) -> Batch:
@@ -120,10 +122,6 @@ class Split:
         if not keys:
             return torch.arange(len(rows))
         return torch.from_numpy(np.lexsort([-key[rows.numpy()] for key in keys]))
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 def _tensor(array: np.ndarray) -> Tensor:
