@@ -34,7 +34,7 @@ from .metrics import regression
 from .plugins import NAME
 from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
 from .training import Epoch, Watcher, text_sums, training
-from .turns import Turns
+from .turns import Turns, room_on_gpu
 
 FAILED_LOG = ".failed.log"
 
@@ -174,7 +174,8 @@ def run(
             watcher.note(f"{target} is trained again: {fault}")
     done = {seed: _finished_seed(folder / str(seed), seed, plan, watcher) for seed in kept}
     to_train = [seed for seed in seeds if seed not in done]
-    turns = Turns(place, precision, at_once=place.type == "cuda" and graph and len(to_train) > 1)
+    at_once = place.type == "cuda" and graph and len(to_train) > 1
+    turns = Turns(place, precision, room_on_gpu(place) if at_once else None)
     splits = cache(lambda: {name: job.split(name, place) for name in job.file.splits})  # type: ignore[union-attr]
     histories: dict[int, list[Epoch]] = {seed: [] for seed in to_train}
     trainings = {
@@ -184,7 +185,7 @@ def run(
             splits,
             place,
             folder / str(seed),
-            watcher.beside("") if turns.at_once else watcher,
+            watcher.beside("") if at_once else watcher,
             f"{number} of {len(seeds)}",
             histories[seed],
             graph,
