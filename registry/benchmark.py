@@ -34,7 +34,7 @@ from .metrics import regression
 from .plugins import NAME
 from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
 from .training import Epoch, Watcher, text_sums, training
-from .turns import Turns, room_on_gpu
+from .turns import Turns
 
 FAILED_LOG = ".failed.log"
 
@@ -174,8 +174,7 @@ def run(
             watcher.note(f"{target} is trained again: {fault}")
     done = {seed: _finished_seed(folder / str(seed), seed, plan, watcher) for seed in kept}
     to_train = [seed for seed in seeds if seed not in done]
-    at_once = place.type == "cuda" and graph and len(to_train) > 1
-    turns = Turns(place, precision, room_on_gpu(place) if at_once else None)
+    turns = Turns(place, precision, at_once=place.type == "cuda" and graph and len(to_train) > 1)
     splits = cache(lambda: {name: job.split(name, place) for name in job.file.splits})  # type: ignore[union-attr]
     histories: dict[int, list[Epoch]] = {seed: [] for seed in to_train}
     trainings = {
@@ -185,7 +184,7 @@ def run(
             splits,
             place,
             folder / str(seed),
-            watcher.beside("") if at_once else watcher,
+            watcher.beside("") if turns.at_once else watcher,
             f"{number} of {len(seeds)}",
             histories[seed],
             graph,

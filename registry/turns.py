@@ -6,8 +6,7 @@ not to be recorded, one seed comes after the other.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,59 +29,51 @@ class Turns:
     Args:
         device: where they train.
         precision: one of `registry.jobs.PRECISIONS`.
-        room: is asked, when the first one has done an epoch alone, how many may take turns; if None, one comes after
-            the other.
+        at_once: whether they may take turns; else one comes after the other.
     """
 
     device: torch.device
     precision: str
-    room: Callable[[], int] | None = None
+    at_once: bool
     live: dict[int, tuple[Training, Isolation]] = field(default_factory=dict)
     """those that have begun and not ended, by seed"""
 
     def go(self, trainings: Mapping[int, Training]) -> Iterator[tuple[int, BaseException | None]]:
-        """Train all of them; yield each seed when it has ended, with what ended it too early."""
-        waiting, most = dict(trainings), 1
+        """Train all of them; yield each seed when it has ended, with what ended it too early.
+
+        The first one is alone for an epoch, which tells how many there is memory for.
+        """
+        waiting, room = dict(trainings), 1
+        before = torch.cuda.memory_reserved(self.device) if self.at_once else 0
         while waiting or self.live:
-            while waiting and len(self.live) < most:
+            while waiting and len(self.live) < room:
                 seed = next(iter(waiting))
-                self.live[seed] = waiting.pop(seed), self._isolation(seed)
-            asks = self.room is not None and most == 1 and bool(waiting)
+                stream = torch.cuda.Stream(self.device) if self.at_once else None
+                isolation = Isolation(seed, self.device, self.precision, stream=stream)
+                self.live[seed] = waiting.pop(seed), isolation
             for seed in list(self.live):
                 error, epochs = None, None
                 try:
-                    epochs = self._advance(seed, 1 if asks else math.inf)
+                    epochs = self._advance(seed, until_epoch=room == 1 and self.at_once and bool(waiting))
                 except (Exception, SystemExit) as raised:
                     error = raised
                 if epochs is None:
                     del self.live[seed]
                     yield seed, error
-                elif asks and self.room is not None:
-                    most = self.room()
+                elif room == 1:
+                    room = self._room(torch.cuda.memory_reserved(self.device) - before)
 
-    def _isolation(self, seed: int) -> Isolation:
-        takes_turns = self.device.type == "cuda" and self.room is not None
-        stream = torch.cuda.Stream(self.device) if takes_turns else None
-        return Isolation(seed, self.device, self.precision, stream=stream)
-
-    def _advance(self, seed: int, epochs: float) -> int | None:
-        """Do a step of one of several, or so many epochs of the only one; None at its end."""
+    def _advance(self, seed: int, *, until_epoch: bool) -> int | None:
+        """Do a step of one of several, or all of the only one's, perhaps but its first epoch; None at its end."""
         training, isolation = self.live[seed]
         with isolation.entered():
-            done = next(training, None)
-            while done is not None and len(self.live) == 1 and done < epochs:
-                done = next(training, None)
-        return done
+            epochs = next(training, None)
+            while epochs is not None and len(self.live) == 1 and not (until_epoch and epochs):
+                epochs = next(training, None)
+        return epochs
 
-
-def room_on_gpu(device: torch.device) -> Callable[[], int]:
-    """Return what tells, when one training has begun since, for how many in all a GPU has memory."""
-    before = torch.cuda.memory_reserved(device)
-
-    def room() -> int:
-        torch.cuda.synchronize(device)  # what they share is there for every stream
-        taken = torch.cuda.memory_reserved(device) - before
-        free, _ = torch.cuda.mem_get_info(device)
+    def _room(self, taken: int) -> int:
+        """Return for how many there is memory, if one has taken so many bytes."""
+        torch.cuda.synchronize(self.device)  # what they share is there for every stream
+        free, _ = torch.cuda.mem_get_info(self.device)
         return min(MOST_AT_ONCE, 1 + int(SHARE_OF_MEMORY * free / max(taken, 1)))
-
-    return room
