@@ -245,6 +245,8 @@ class _Step:
 
     def _at_once(self, output: FusionOutput, parts: list[slice], batches: list[Batch], epoch: int | Tensor) -> Tensor:
         """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""
+        if output.losses:
+            raise ValueError("a model with per_sample=True returns batch-level losses, which are of no micro-batch")
         seen = [(output[part], batch) for part, batch in zip(parts, batches, strict=True)]
         total = torch.stack([self._loss(*pair) for pair in seen]).sum()
         if torch.is_grad_enabled():

@@ -160,7 +160,9 @@ def forward(model: nn.Module, split: Split, rows: Tensor, chunk: int) -> FusionO
 
     Only for models whose output for a clip does not depend on its company (evaluation, or `per_sample`).
     """
-    order = split.by_length(rows) if chunk < len(rows) else torch.arange(len(rows))
+    if chunk >= len(rows):
+        return output_of(model, split.batch(rows))
+    order = split.by_length(rows)
     parts = [output_of(model, split.batch(rows[order[start : start + chunk]])) for start in range(0, len(rows), chunk)]
     return FusionOutput.concatenate(parts)[torch.argsort(order).to(split.device)]
 

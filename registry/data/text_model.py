@@ -127,10 +127,11 @@ class _Packing:
 
     def attend(self, heads: Sequence[Tensor], dropout: float, scale: float | None) -> Tensor:
         """Return the attention (T, H, d) of query, key and value, (T, H, d) each, within each clip."""
-        if heads[0].is_cuda:
-            longest = max(SPARE, self.mask.shape[1])
+        if heads[0].is_cuda and heads[0].shape[-1] * heads[0].element_size() % 16 == 0:
+            # What torch's nested tensors call for sequences of different lengths, without their cost on the host; it
+            # reads 16 bytes at a time.
+            longest = min(max(SPARE, self.mask.shape[1]), len(self.rows))
             query, key, value = (tensor[None] for tensor in heads)
-            # What torch's nested tensors call for sequences of different lengths, without their cost on the host.
             found, *_ = torch.ops.aten._efficient_attention_forward(
                 query,
                 key,
