@@ -131,9 +131,10 @@ def run(
         hooks: hooks besides the model's own.
         label_range: labels lie in ± this.
         device: `"cpu"`, `"cuda"`, or `"auto"`.
-        precision: `"fp32"`, `"tf32"` (matrix products, on a GPU), or `"bf16"` (the text encoder, with float32 weights);
-            tf32 on a GPU, fp32 on a CPU by default.
-        graph: on a GPU, record training steps as CUDA graphs where they can be; a result does not depend on it.
+        precision: `"fp32"`, `"tf32"` (matrix products, on a GPU), or `"bf16"` (a text encoder that is trained, with
+            float32 weights); tf32 on a GPU, fp32 on a CPU by default.
+        graph: on a GPU, record training steps as CUDA graphs where they can be; but for rounding and for what dropout
+            draws, a result does not depend on it.
         runs: the folder that holds run folders; nothing is written outside it.
         plugins: files or modules of plugins that are not packaged.
         force: train again where a finished run exists.
@@ -158,7 +159,9 @@ def run(
         plugins=plugins,
     )
     place = find_device(device)
-    precision = checked_precision(precision, place)
+    precision = checked_precision(precision, place, trains_text="text" in plan.needs)
+    if precision == "bf16" and place.type == "cpu" and _lacks_bf16():
+        watcher.note("this processor has no bf16 arithmetic: --precision fp32 is faster on it")
     root = Path(os.path.expanduser(runs))
     job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
     folder = root / plan.name / plan.dataset.name / job.identity()
@@ -239,15 +242,27 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def checked_precision(name: str | None, device: torch.device) -> str:
-    """Return the precision by name, or the device's default; raises InputError where there is none such."""
-    if name is None:
-        return "tf32" if device.type == "cuda" else "fp32"
-    if name not in PRECISIONS:
+def checked_precision(name: str | None, device: torch.device, *, trains_text: bool = True) -> str:
+    """Return the precision by name, or the device's default, also of a model that trains no text encoder in bf16.
+
+    Raises:
+        InputError: there is none such.
+    """
+    if name is not None and name not in PRECISIONS:
         raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
     if name == "tf32" and device.type != "cuda":
         raise InputError("--precision tf32 is a GPU's: pass fp32 or bf16")
+    if name is None or (name == "bf16" and not trains_text):
+        return "tf32" if device.type == "cuda" else "fp32"
     return name
+
+
+def _lacks_bf16() -> bool:
+    """Whether this processor has to imitate bf16, as far as Linux tells."""
+    try:
+        return not {"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
 
 
 def checked_seeds(seeds: Sequence[int]) -> list[int]:

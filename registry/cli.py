@@ -55,7 +55,8 @@ Epochs = Annotated[int | None, typer.Option(help="Most epochs to train; the same
 LabelRange = Annotated[float | None, typer.Option(help="Labels lie in ± this; the dataset's own by default.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, tf32 (GPU) or bf16 (the text encoder); tf32 on a GPU, fp32 on a CPU.")
+    str | None,
+    typer.Option(help="fp32, tf32 (GPU) or bf16 (a text encoder that is trained); tf32 on a GPU, fp32 on a CPU."),
 ]
 Graph = Annotated[bool, typer.Option("--graph/--no-graph", help="Record steps on a GPU as CUDA graphs.")]
 RunsFolder = Annotated[Path, typer.Option(help="Folder that holds run folders.")]

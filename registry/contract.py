@@ -103,7 +103,7 @@ class Batch:
     """(B, L)"""
     text_rows: Tensor | None = None
     """(T) places of the real tokens in the flattened (B·L), then of a few others: an encoder that is given them does
-    not compute the rest. None where padding is to be computed."""
+    not compute the rest. None where padding is to be computed; whoever changes the tokens sets it to None."""
     text: Tensor | None = None
     """(B, Lt, d) features of a frozen text encoder, for models that need `"text_features"`"""
     text_lengths: Tensor | None = None
@@ -134,7 +134,7 @@ class Batch:
         return Batch(**{name: value for name, value in tensors.items() if "." not in name}, labels=labels)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Return some of the clips, padded as before."""
+        """Return some of the clips, padded as before; `text_rows` are those of all clips, and left out."""
         if len(range(*rows.indices(len(self)))) == len(self):
             return self
         return Batch.of({name: value[rows] for name, value in self.tensors().items() if name != "text_rows"})
@@ -198,9 +198,9 @@ class TrainingHook(nn.Module):
     """
 
     capturable = False
-    """True promises that `loss` and `observe` are made of tensor operations that are the same in every step, and that
-    `observe` reads no parameters, which move meanwhile; `epoch` is then a tensor () on the device, which must not be
-    asked for its value."""
+    """True promises that `loss` and `observe` are made of tensor operations that are the same in every step, whatever
+    Python has done between steps (as in `end_epoch`), and that `observe` reads no parameters, which move meanwhile;
+    `epoch` is then a tensor () on the device, which must not be asked for its value."""
 
     def loss(self, output: FusionOutput, batch: Batch) -> Tensor:
         """Return a scalar, a mean over the micro-batch, that is added to the training loss."""

@@ -3,8 +3,8 @@
 On a GPU a training step of a small batch is bound by the launching of its thousand kernels; a graph is launched as one.
 A step can be recorded if it does the same in every call but for the values in its tensors. Of each step in new shapes
 that is seen while it runs as usual: it must not wait for the device, draw random numbers on the host, or leave a Python
-attribute of a module changed. Where it does, every step runs as usual, with the same results. The very first step is
-not looked at: libraries set themselves up in it.
+attribute of a module changed. Where it does, every step runs as usual. Where a model's attributes change between
+epochs, steps are recorded anew. The very first step is not looked at: libraries set themselves up in it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import Batch
+from .errors import RunFailed
 
 MOST_GRAPHS = 64
 """of one training; the oldest makes room"""
@@ -34,16 +35,19 @@ class Recorder:
     """Runs steps, and replays those that it has recorded.
 
     Args:
-        modules: whose attributes must not change in a step.
+        models: whose attributes must not change in a step.
+        hooks: likewise; they promise that a step is the same whatever happens between steps.
         release: frees what a recorded step has left, such as gradients, for the next recording.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], release: Callable[[], None]) -> None:
+    def __init__(self, models: Sequence[nn.Module], hooks: Sequence[nn.Module], release: Callable[[], None]) -> None:
         self.fault: str | None = None
         """why steps are not recorded, as a sentence's end"""
         self.replayed = 0
         self.usual = 0
-        self._modules = modules
+        self._models = models
+        self._modules = [*models, *hooks]
+        self._attributes: dict[str, Any] = {}
         self._release = release
         self._graphs: dict[Hashable, _Graph] = {}
         self._seen: set[Hashable] = set()
@@ -58,13 +62,8 @@ class Recorder:
             key: everything that the step depends on besides the batch.
         """
         key = (key, *((name, tuple(tensor.shape)) for name, tensor in batch.tensors().items()))
-        if key in self._graphs:
-            self.replayed += 1
-            return self._graphs[key].replay(batch)
-        if self.fault is None and key in self._seen and (graph := self._record(step, batch)):
-            if len(self._graphs) == MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = graph
+        if graph := self._graphs.pop(key, None) or self._recorded(step, batch, key):
+            self._graphs[key] = graph  # the newest at the end
             self.replayed += 1
             return graph.replay(batch)
         self.usual += 1
@@ -74,26 +73,40 @@ class Recorder:
         with self._watched():
             return step(batch)
 
-    def __str__(self) -> str:
-        if self.fault is not None:
-            return f"steps were not recorded as CUDA graphs: {self.fault}"
-        shapes = f"recorded in {len(self._graphs)} shapes, as CUDA graphs"
-        return f"{self.replayed} of {self.replayed + self.usual} steps were replayed, {shapes}"
+    def begin_epoch(self) -> None:
+        """Forget what was recorded if a model is another than in the epoch before, but for its tensors' values."""
+        attributes = attributes_of(self._models)
+        if attributes != self._attributes:
+            self._graphs.clear()
+            self._seen.clear()
+        self._attributes = attributes
 
-    def _record(self, step: Step, batch: Batch) -> _Graph | None:
-        """Return the step's graph, which has not run yet; None where it cannot be recorded after all."""
+    def __str__(self) -> str:
+        done = f"{self.replayed} of {self.replayed + self.usual} steps were replayed as CUDA graphs"
+        if self.fault is None:
+            return f"{done}, in {len(self._graphs)} shapes"
+        return f"{done}, then no more: {self.fault}" if self.replayed else f"steps were not recorded: {self.fault}"
+
+    def _recorded(self, step: Step, batch: Batch, key: Hashable) -> _Graph | None:
+        """Return the graph of a step that has been seen before, which has not run yet; None if there is to be none."""
+        if self.fault is not None or key not in self._seen:
+            return None
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        state = generator.graphsafe_get_state().clone_state()
+        state, before = generator.graphsafe_get_state().clone_state(), host_state(self._modules)
         self._release()
         try:
             graph = _Graph(step, batch, self._pool)
         except RuntimeError as error:
             self.fault = f"recording one failed ({' '.join(str(error).split())[:120]})"
             generator.graphsafe_set_state(state)  # the former one would wait for the recording's end
-            self._release()
+            if host_state(self._modules) != before:
+                raise RunFailed(f"{self.fault}, and left a model or a hook half way: pass --no-graph") from error
             return None
-        self._release()
+        finally:
+            self._release()
         self._pool = graph.pool
+        if len(self._graphs) == MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
         return graph
 
     @contextmanager
@@ -109,7 +122,7 @@ class Recorder:
                 torch.cuda.set_sync_debug_mode(mode)
         waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
         for warning in caught:
-            if warning not in waits:
+            if warning not in waits and "Synchronization debug mode" not in str(warning.message):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         after = host_state(self._modules)
         if waits:
@@ -120,20 +133,24 @@ class Recorder:
 
 def host_state(modules: Sequence[nn.Module]) -> dict[str, Any]:
     """Return what a step must leave as it is: random states and attributes, by what the step did if it did not."""
-    # numpy's usual form of its state has an array, which cannot be compared as a whole.
-    of_numpy = {key: _plain(value) for key, value in np.random.get_state(legacy=False).items()}
-    drawn = (random.getstate(), of_numpy, torch.get_rng_state().tolist())
-    state: dict[str, Any] = {"draws random numbers on the host": drawn}
+    of_numpy = np.random.get_state(legacy=False)  # its usual form has an array, which cannot be compared as a whole
+    drawn = _plain([random.getstate(), of_numpy, torch.default_generator])
+    return {"draws random numbers on the host": drawn, **attributes_of(modules)}
+
+
+def attributes_of(modules: Sequence[nn.Module]) -> dict[str, Any]:
+    """Return the attributes of modules and of those in them; of tensors on a GPU which they are, not their values."""
+    state = {}
     for root in modules:
         for name, module in root.named_modules():
             for key, value in vars(module).items():
-                if not key.startswith(_OF_TORCH):
+                if key not in _OF_TORCH:
                     state[f"changes {'.'.join(filter(None, [type(root).__name__, name, key]))}"] = _plain(value)
     return state
 
 
-_OF_TORCH = ("_parameters", "_buffers", "_modules", "_forward_", "_backward_", "_state_dict_", "_load_state_dict_")
-"""attributes of every module; a graph updates the tensors in them in place"""
+_OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
+"""attributes that every module has"""
 
 
 @dataclass(frozen=True)
@@ -146,19 +163,28 @@ class _Itself:
         return isinstance(other, _Itself) and self.value is other.value
 
 
-def _plain(value: Any, depth: int = 3) -> Any:
+def _plain(value: Any, depth: int = 4) -> Any:
     """Return a value in a form that tells whether it has changed; what is inside objects counts, `depth` of them."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.device, torch.dtype)):
         return value
     if isinstance(value, np.ndarray):
         return value.tobytes()
+    if isinstance(value, Tensor):  # what is on a GPU may change, as it does when a graph is replayed
+        on_host = value.device.type == "cpu" and not value.requires_grad
+        return _Itself(value), value.data_ptr(), value.numpy().tobytes() if on_host else None
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, np.random.Generator):
+        return _plain(value.bit_generator.state, depth)
+    if isinstance(value, random.Random):
+        return value.getstate()
     if depth and isinstance(value, Mapping):
         return {str(key): _plain(item, depth - 1) for key, item in value.items()}
     if depth and isinstance(value, (list, tuple, set, frozenset, deque)):
         return [_plain(item, depth - 1) for item in value]
-    if depth and not isinstance(value, (type, nn.Module, Tensor)) and (inside := getattr(value, "__dict__", None)):
+    if depth and not isinstance(value, (type, nn.Module)) and (inside := getattr(value, "__dict__", None)):
         return _Itself(value), _plain(inside, depth - 1)
-    return _Itself(value)  # of a tensor the values may change, as they do when a graph is replayed
+    return _Itself(value)
 
 
 class _Graph:

@@ -31,9 +31,9 @@ CPU = torch.device("cpu")
 PRECISIONS = {
     "fp32": "float32",
     "tf32": "float32, matrix products in TF32",
-    "bf16": "text encoder in bf16, the rest as tf32; weights float32",
+    "bf16": "text encoder in bf16, weights float32",
 }
-"""what a run computes in, by the name that `--precision` takes"""
+"""what a run computes in, by the name that `--precision` takes; with bf16 a GPU does the rest as with tf32"""
 SELECTION = "the epoch with the lowest validation MAE; test is read once"
 
 

@@ -288,6 +288,7 @@ class Run:
         from .config import resolve
         from .contract import DataInfo
         from .data.text import TextEncoder
+        from .data.text_model import set_precision
         from .isolation import isolated
         from .plugins import Plugins
 
@@ -311,6 +312,7 @@ class Run:
                 model = spec.build(config, DataInfo(**facts, text_encoder=made))
                 state = {k: v for k, v in load_file(self.folder / WEIGHTS).items() if k.startswith("model.")}
                 model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+                set_precision(model, settings["precision"])
         except InputError:
             raise
         except Exception as error:  # the folder was edited, or the model is another by now

@@ -211,7 +211,7 @@ class _Case:
 
         tokens = {name: pad(getattr(batch, name), (0, 4)) for name in ("text_ids", "text_mask", "text_segments")}
         sequences = {name: pad(getattr(batch, name), (0, 0, 0, 4)) for name in ("text", "audio", "vision")}
-        return replace(batch, **tokens, **sequences)  # type: ignore[arg-type]
+        return replace(batch, text_rows=None, **tokens, **sequences)  # type: ignore[arg-type]
 
     def label_blindness(self) -> None:
         batch = self.split.batch(self.rows)

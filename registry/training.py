@@ -103,7 +103,7 @@ def make_optimizer(model: nn.Module, hooks: Sequence[TrainingHook], config: Any)
     param_groups[-1]["params"] = [*param_groups[-1]["params"], *(p for hook in hooks for p in hook.parameters())]
     for group in param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    on_gpu = next(p for group in param_groups for p in group["params"]).is_cuda
+    on_gpu = any(parameter.is_cuda for group in param_groups for parameter in group["params"])
     return torch.optim.Adam([group for group in param_groups if group["params"]], fused=True, capturable=on_gpu)
 
 
@@ -172,6 +172,8 @@ def train(
         )
         total = torch.zeros((), device=truth.device)
         counted.fill_(epoch)
+        if recorder is not None:
+            recorder.begin_epoch()
         for number, group in enumerate(epoch_groups, 1):
             total += step_of_group(group, epoch if recorder is None or recorder.fault else counted)
             watcher.step(epoch, number, len(epoch_groups))
@@ -215,35 +217,48 @@ class _Step:
     recorder: Recorder | None = None
 
     def __call__(self, group: Group, epoch: int | Tensor) -> Tensor:
-        rows = torch.cat(list(group.micro_batches))
         if self.recorder is None or self.recorder.fault:
-            return self._update(group, rows, None, epoch)
-        batch = self.split.batch(rows, self.split.sizes(rows, rounded=True))
-        rates = tuple(group["lr"] for group in self.optimizer.param_groups)
-        sizes = tuple(map(len, group.micro_batches))
-        return self.recorder(lambda batch: self._update(group, rows, batch, epoch), batch, (sizes, group.step, rates))
+            return self._update(group, None, epoch)
+        rows = torch.cat(list(group.micro_batches))
+        whole = self.split.batch(rows, self.split.sizes(rows, rounded=True))
+        rates = tuple(of_group["lr"] for of_group in self.optimizer.param_groups)
+        key = (tuple(map(len, group.micro_batches)), group.step, rates)
+        return self.recorder(lambda batch: self._update(group, batch, epoch), whole, key)
 
-    def _update(self, group: Group, rows: Tensor, whole: Batch | None, epoch: int | Tensor) -> Tensor:
-        """Do one group, given as one batch or, if that is None, read from the split in the shapes that suit it best."""
+    def _update(self, group: Group, whole: Batch | None, epoch: int | Tensor) -> Tensor:
+        """Do one group, given as one batch; read from the split, in the shapes that suit it best, if that is None."""
         self.optimizer.zero_grad()
         parts = [slice(*ends) for ends in pairwise([0, *accumulate(map(len, group.micro_batches))])]
-        cut = (lambda n: self.split.batch(group.micro_batches[n])) if whole is None else (lambda n: whole[parts[n]])
-        batches = map(cut, range(len(parts)))
         with torch.set_grad_enabled(group.step):
             # Clipping comes after each micro-batch, as upstream has it.
             if self.per_sample and self.config.clip_value is None:
-                return self._at_once(self._forward(rows, whole), parts, list(batches), epoch)
-            return self._one_by_one(batches, epoch)
+                rows = torch.cat(list(group.micro_batches))
+                if whole is None and not self._in_chunks():
+                    whole = self.split.batch(rows)
+                output = (
+                    forward(self.model, self.split, rows, self.config.batch_size)
+                    if whole is None
+                    else output_of(self.model, whole)
+                )
+                return self._at_once(output, parts, self._batches(group, whole, parts), epoch)
+            return self._one_by_one(self._batches(group, whole, parts), epoch)
 
-    def _forward(self, rows: Tensor, whole: Batch | None) -> FusionOutput:
-        if whole is not None:
-            return output_of(self.model, whole)
-        # A CPU is bound by arithmetic, so what is computed of padding costs; a GPU by launches, so chunks would.
-        pads = not any(isinstance(module, TextModel) and module.can_pack for module in self.model.modules())
-        chunk = self.config.batch_size if pads and self.split.device.type == "cpu" else len(rows)
-        return forward(self.model, self.split, rows, chunk)
+    def _in_chunks(self) -> bool:
+        """Whether a group is better computed in chunks of like length.
 
-    def _at_once(self, output: FusionOutput, parts: list[slice], batches: list[Batch], epoch: int | Tensor) -> Tensor:
+        A CPU is bound by arithmetic, so what is computed of padding costs; a GPU by launches, so chunks would.
+        """
+        packs = any(isinstance(module, TextModel) and module.can_pack for module in self.model.modules())
+        return self.split.device.type == "cpu" and not packs
+
+    def _batches(self, group: Group, whole: Batch | None, parts: list[slice]) -> Iterator[Batch]:
+        """Yield the micro-batches, each when it is wanted."""
+        for part, rows in zip(parts, group.micro_batches, strict=True):
+            yield self.split.batch(rows) if whole is None else whole[part]
+
+    def _at_once(
+        self, output: FusionOutput, parts: Sequence[slice], batches: Iterable[Batch], epoch: int | Tensor
+    ) -> Tensor:
         """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""
         if output.losses:
             raise ValueError("a model with per_sample=True returns batch-level losses, which are of no micro-batch")
@@ -308,7 +323,7 @@ def _make_recorder(
     """Return what records steps, None where there is no GPU."""
     if device.type != "cuda":
         return None
-    recorder = Recorder([model, *hooks.values()], optimizer.zero_grad)
+    recorder = Recorder([model], list(hooks.values()), optimizer.zero_grad)
     if unable := [name for name, hook in hooks.items() if not hook.capturable]:
         recorder.fault = f"the hook {unable[0]} does not promise that it can be"
     return recorder

@@ -202,7 +202,7 @@ class Clips:
     def batch(self, rows: Tensor) -> Batch:
         values = {f.name: getattr(self.data, f.name) for f in fields(Batch)}
         labels = {task: label[rows] for task, label in values.pop("labels").items()}
-        return Batch(labels=labels, **{name: value[rows] for name, value in values.items()})
+        return Batch(labels=labels, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
 def in_double(data: Batch) -> Batch:

@@ -122,8 +122,6 @@ def test_groups_hold_every_row_once(n, batch_size, update_epochs, seed):
     assert [group.step for group in made[1]] == ([True] if len(complete) == 1 else complete)
 
 
-
-
 @given(st.lists(st.integers(0, 19), min_size=1, max_size=20))
 def test_rounded_batches_hold_all_that_is_real_and_have_few_shapes(arrays, clips):
     split, rows = Split(arrays, arrays.text_bert, CPU, train=True), torch.tensor(clips)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import registry
-from registry import InputError, Result, load_run
+from registry import InputError, Result, benchmark, load_run
 from registry.data.feature_file import read_feature_file
 from registry.tables import artifact_tables
 from registry.training import Watcher
@@ -907,3 +907,35 @@ def test_numpys_numbers_and_one_hook_by_name_are_accepted(quick, tmp_path):
     assert quick(config={"epochs": np.int64(2)}).folder == quick().folder
     with pytest.raises(InputError, match="always trained with it"):
         quick(hooks="ulgm")
+
+
+def test_bf16_is_another_run_that_its_folder_its_table_and_its_model_tell(quick, encoder):
+    options = {"text_encoder": encoder, "config": {"epochs": 1}}
+    plain, lowered = quick(**options), quick(precision="bf16", **options)
+    assert plain.folder != lowered.folder
+    assert [result.protocol["precision"] for result in (plain, lowered)] == [
+        "float32",
+        "text encoder in bf16, weights float32",
+    ]
+    run = registry.load_run(lowered.runs[0].folder)
+    assert run.settings["precision"] == "bf16"
+    assert run.model.encoders["text"].dtype == torch.bfloat16
+    assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
+    assert quick(precision="fp32", **options).folder == plain.folder
+
+
+def test_a_model_that_trains_no_text_encoder_has_no_bf16(quick):
+    options = {"model": "lf_dnn", "config": {"epochs": 1}}
+    assert quick(precision="bf16", **options).folder == quick(**options).folder
+
+
+@pytest.mark.parametrize(("precision", "said"), [("fp16", "one of fp32, tf32, bf16"), ("tf32", "is a GPU's")])
+def test_a_precision_that_is_none_or_not_here(quick, precision, said):
+    with pytest.raises(InputError, match=said):
+        quick(precision=precision)
+
+
+def test_a_processor_that_imitates_bf16_is_told_of(quick, encoder, monkeypatch):
+    monkeypatch.setattr(benchmark, "_lacks_bf16", lambda: True)
+    with pytest.warns(UserWarning, match="no bf16 arithmetic"):
+        quick(precision="bf16", text_encoder=encoder, config={"epochs": 1})

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from registry import Batch, DataInfo, FusionOutput, TextEncoder, Training, TrainingData, TrainingHook
-from registry.data.batches import Split, forward
+from registry.data.batches import Group, Split, forward
 from registry.data.feature_file import SplitArrays
-from registry.training import Epoch, Watcher, train
+from registry.training import Epoch, Watcher, _Step, make_optimizer, train
 from selfmm_plugin.network import SelfMM, SelfMMConfig
 from selfmm_plugin.supervision import UlgmConfig, UlgmHook
 from selfmm_plugin.ulgm import UnimodalLabelGenerator
@@ -200,3 +201,34 @@ def test_network_from_upstream_weights_predicts_as_upstream(name: str) -> None:
         with torch.no_grad():
             output = network(trace.split(train=False).batch(torch.arange(len(trace.labels))))
         np.testing.assert_allclose(output.prediction, trace.arrays["final_eval/M"], atol=1e-5)
+
+
+class AsksForValues(TorchDispatchMode):
+    """Writes down what would make a GPU wait: a tensor's value is read, or a shape depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.NAMES:
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("epoch", [2, torch.tensor(2)], ids=["number", "tensor"])
+def test_a_training_step_asks_no_tensor_for_its_value(per_sample, epoch):
+    """A GPU's own word on it is in test_gpu.py."""
+    trace = Trace(TRACES[0])
+    model, ulgm, config = trace.build()
+    step = _Step(model, [ulgm], config, trace.split(train=True), make_optimizer(model, [ulgm], config), per_sample)
+    group = Group(torch.arange(3 * config.batch_size).split(config.batch_size), step=True)
+    step(group, 1)
+    with AsksForValues() as asks:
+        step(group, epoch)
+        assert asks.asked == []
+        assert bool(torch.ones(()))
+    assert asks.asked == ["aten._local_scalar_dense.default"]

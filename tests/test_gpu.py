@@ -178,6 +178,9 @@ def test_a_run_on_a_gpu_is_loaded_on_the_cpu(tmp_path, encoder):
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
+STILL = {"hidden_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
 class Still:
     """Everything that draws random numbers on the device stands still, so that runs can be compared."""
 
@@ -186,7 +189,7 @@ class Still:
         monkeypatch.setattr(torch, "randn_like", same_draws)
         monkeypatch.setattr(benchmark, "set_precision", lambda model, name: set_precision(without_dropout(model), name))
         self.tmp_path = tmp_path
-        self.encoder = str(tiny_encoder(tmp_path / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        self.encoder = str(tiny_encoder(tmp_path / "still", **STILL))
         sizes = {"train": 70, "valid": 12, "test": 12}
         keys = [f"regression_labels_{task}" for task in "TAV"]
         own = {split: {key: np.linspace(-2, 2, n, dtype=np.float32) for key in keys} for split, n in sizes.items()}
@@ -371,11 +374,15 @@ def test_what_does_not_fit_stays_on_the_host_and_gives_the_same(still, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_attention_is_that_of_padded_clips(dtype):
+@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize("clips", [2, 16, 64])
+def test_packed_attention_is_that_of_padded_clips(dtype, width, clips):
+    """Also of fewer tokens than may be spare, and of heads too narrow for the fused kernel."""
     torch.manual_seed(0)
-    model = TextModel(transformers.BertModel(transformers.BertConfig(**{**TINY_BERT, "hidden_size": 32}))).eval().cuda()
+    config = transformers.BertConfig(**{**TINY_BERT, "hidden_size": width})
+    model = TextModel(transformers.BertModel(config)).eval().cuda()
     model.dtype = dtype
-    mask = (torch.arange(20) < torch.randint(2, 21, (16, 1))).long().cuda()
+    mask = (torch.arange(20) < torch.randint(2, 20, (clips, 1))).long().cuda()
     ids = torch.randint(1, 50, mask.shape, device=CUDA) * mask
     real = int(mask.sum())
     expected = model(ids, mask, torch.zeros_like(ids))

@@ -23,8 +23,10 @@ class Model(nn.Module):
         self.steps, self.seen, self.queue = 0, {"a": [1, 2]}, deque([1])
         self.schedule = SimpleNamespace(temperature=1.0)
         self.table = np.zeros(3)
-        self.bank = torch.zeros(2)
-        self.register_buffer("mean", torch.zeros(2))
+        self.bank, self.host = torch.zeros(2, device="meta"), torch.zeros(2)
+        self.rngs = {"numpy": np.random.default_rng(0), "random": random.Random(0), "torch": torch.Generator()}
+        self.register_buffer("mean", torch.zeros(2, device="meta"))
+        self.device = torch.device("cpu")
 
 
 def change(step) -> list[str]:
@@ -44,6 +46,18 @@ def rebind(model: Model) -> None:
     model.bank = model.bank + 1
 
 
+def rebind_buffer(model: Model) -> None:
+    model.mean = model.mean * 0.9
+
+
+def count_forward_calls(model: Model) -> None:
+    model._forward_calls = 1
+
+
+def swap_values(model: Model) -> None:
+    model.inner.bias_ih_l0.data = torch.ones(12)
+
+
 def anneal(model: Model) -> None:
     model.schedule.temperature *= 0.9
 
@@ -57,6 +71,14 @@ def anneal(model: Model) -> None:
         (lambda model: model.table.fill(1), "changes Model.table"),
         (rebind, "changes Model.bank"),
         (lambda model: setattr(model, "new", 1), "changes Model.new"),
+        (count_forward_calls, "changes Model._forward_calls"),
+        (rebind_buffer, "changes Model._buffers"),
+        (swap_values, "changes Model.inner._parameters"),
+        (lambda model: model.host.add_(1), "changes Model.host"),
+        (lambda model: model.rngs["numpy"].random(), "changes Model.rngs"),
+        (lambda model: model.rngs["random"].random(), "changes Model.rngs"),
+        (lambda model: torch.rand(1, generator=model.rngs["torch"]), "changes Model.rngs"),
+        (lambda model: model.eval(), "changes Model.training"),
         (lambda model: setattr(model.inner, "dropout", 0.5), "changes Model.inner.dropout"),
         (lambda model: random.random(), "draws random numbers on the host"),
         (lambda model: np.random.rand(), "draws random numbers on the host"),
@@ -64,7 +86,7 @@ def anneal(model: Model) -> None:
     ],
 )
 def test_what_a_recorded_step_would_not_repeat_is_seen(step, said):
-    assert change(step) == [said]
+    assert said in change(step)
 
 
 def queue_and_take(model: Model) -> None:
@@ -79,6 +101,7 @@ def queue_and_take(model: Model) -> None:
         queue_and_take,
         lambda model: model.bank.add_(1),
         lambda model: model.mean.add_(1),
+        lambda model: setattr(model, "device", torch.zeros(1).device),
         lambda model: model.inner(torch.zeros(4, 1, 2))[0].sum().backward(),
         lambda model: torch.optim.SGD(model.parameters(), lr=1.0).zero_grad(),
     ],

@@ -81,7 +81,8 @@ class Split:
         lengths = self._lengths if self.trims else {}
         sizes = whole | {name: int(of[host].max()) for name, of in lengths.items()}
         if rounded:
-            quarter = max((math.ceil(4 * sizes[name] / whole[name]) for name in lengths), default=4)
+            varying = [name for name, of in lengths.items() if of.min() < whole[name]]
+            quarter = max((math.ceil(4 * sizes[name] / whole[name]) for name in varying), default=4)
             sizes |= {name: math.ceil(quarter * whole[name] / 4) for name in lengths}
         if self.trims and self._real_tokens is not None:
             real, all_tokens = int(self._real_tokens[host].sum()), len(rows) * sizes["tokens"]
@@ -136,6 +137,7 @@ def _home(arrays: Iterable[np.ndarray], device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and unused
     fits = sum(array.nbytes for array in arrays) <= SHARE_OF_MEMORY * free
     return device if fits else torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """What was made of a large file is kept in a folder, and is there at once the next time.
 
-Two kinds of files lie in the folder. Each is written whole or not at all; one that is damaged, cut short or made
-otherwise is as good as none, and is made again.
+Two kinds of files lie in the folder. Each is written whole or not at all; one that is cut short or made otherwise is as
+good as none, and is made again. (What stands in arrays is not checked again: that would mean to read them.)
 
 - `features-….safetensors`: arrays, and everything else as JSON in the header. They are mapped into memory: only what is
   used is read from the disk.
@@ -145,7 +145,13 @@ def _stamp(path: Path) -> dict[str, Any] | None:
         found, place = path.stat(), os.fsencode(path.resolve()).decode("utf-8", "backslashreplace")
     except OSError:
         return None
-    return {"path": place, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    return {
+        "path": place,
+        "size": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,  # that another file in its place cannot be made to have
+        "inode": found.st_ino,
+    }
 
 
 def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:

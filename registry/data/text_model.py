@@ -67,12 +67,14 @@ class TextModel(nn.Module):
             options["token_type_ids"] = segments
         if self.dtype == torch.float32:
             return self.model(input_ids=ids, **options).last_hidden_state
-        # The vocabulary is the most of the weights and needs no arithmetic: only what is looked up is rounded.
-        vocabulary = self.model.get_input_embeddings()  # type: ignore[operator]
-        names = [name for name, weight in self.model.named_parameters() if weight is not vocabulary.weight]
         weights = dict(self.model.named_parameters())
-        lowered = dict(zip(names, _Lowered.apply(self.dtype, *(weights[name] for name in names)), strict=True))
-        options["inputs_embeds"] = vocabulary(ids).to(self.dtype)
+        options["input_ids"] = ids
+        if self.can_pack:
+            # The vocabulary is a fifth of BERT's weights and needs no arithmetic: what is looked up is rounded.
+            vocabulary = self.model.get_input_embeddings()  # type: ignore[operator]
+            weights = {name: weight for name, weight in weights.items() if weight is not vocabulary.weight}
+            options["inputs_embeds"] = vocabulary(options.pop("input_ids")).to(self.dtype)
+        lowered = dict(zip(weights, _Lowered.apply(self.dtype, *weights.values()), strict=True))
         return functional_call(self.model, lowered, (), options).last_hidden_state
 
 
@@ -127,9 +129,8 @@ class _Packing:
 
     def attend(self, heads: Sequence[Tensor], dropout: float, scale: float | None) -> Tensor:
         """Return the attention (T, H, d) of query, key and value, (T, H, d) each, within each clip."""
-        if heads[0].is_cuda and heads[0].shape[-1] * heads[0].element_size() % 16 == 0:
-            # What torch's nested tensors call for sequences of different lengths, without their cost on the host; it
-            # reads 16 bytes at a time.
+        if _is_fused(heads[0]):
+            # What torch's nested tensors call for sequences of different lengths, without their cost on the host.
             longest = min(max(SPARE, self.mask.shape[1]), len(self.rows))
             query, key, value = (tensor[None] for tensor in heads)
             found, *_ = torch.ops.aten._efficient_attention_forward(
@@ -151,6 +152,13 @@ class _Packing:
         each_sees = self.mask[:, None, None]
         found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout, scale=scale)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
+
+
+def _is_fused(heads: Tensor) -> bool:
+    """Whether a GPU has a kernel for the attention of packed tokens (T, H, d): it reads 16 bytes at a time."""
+    wide = heads.shape[-1] * heads.element_size() % 16 == 0
+    has_bf16 = heads.is_cuda and torch.cuda.get_device_capability(heads.device) >= (8, 0)
+    return heads.is_cuda and wide and (has_bf16 or heads.dtype == torch.float32)
 
 
 def _attention(

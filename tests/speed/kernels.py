@@ -17,7 +17,7 @@ from .machine import synchronise
 STEPS = 10
 LISTED = 40
 CLASSES = {
-    "Adam": r"adam|multi_tensor_apply|foreach",
+    "Adam": r"adam",
     "LSTM": r"lstm|rnn",
     "attention": r"flash|fmha|attention|softmax",
     "matmul": r"gemm|gemv|cutlass|xmma|nvjet|cublas|splitk|aten::(add|b|badd)?mm\b|aten::addmv|mkldnn_linear",

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 START_UP = {"upstream": 1, "ours": 2}
-"""First epochs that also pay for starting up, and are left out: ours record their steps in the first two."""
+"""First epochs that also pay for starting up, and are left out: ours record most of their steps in the first two."""
 
 
 def derive(figures: Mapping[str, Any], side: str, data: Mapping[str, Any]) -> dict[str, float]:
