@@ -168,7 +168,7 @@ def test_takes_the_encoder(kind):
     prediction = model(data).prediction
     assert prediction.isfinite().all()
     assert not torch.allclose(prediction, model(replace(data, audio=data.audio + 1)).prediction, atol=1e-7)
-    alone = replace(data, **{name: getattr(data, name)[3:4] for name in data.__dataclass_fields__ if name != "labels"})
+    alone = data[3:4]
     torch.testing.assert_close(model(alone).prediction, prediction[3:4], atol=1e-6, rtol=1e-5)
     assert not model.text.encoder.model.embeddings._forward_hooks
 

@@ -49,20 +49,21 @@ class TextModel(nn.Module):
                 others: the rest is 0. Without it, and where the encoder is none that can, padding is computed as well.
         """
         if not self.can_pack:
-            return self._states(ids, segments, attention_mask=mask).float()
+            return self._states(ids, segments, attention_mask=mask)
         # A mask that is (B, 1, 1, L) already is handed on as it is; transformers would ask a GPU what is in another.
         each_sees = mask.bool()[:, None, None]
         if rows is None:
-            return self._states(ids, segments, attention_mask=each_sees).float()
+            return self._states(ids, segments, attention_mask=each_sees)
         packing = _Packing(mask, rows)
         packed_ids, packed_segments = (tokens.flatten()[rows][None] for tokens in (ids, segments))
         places = (rows % ids.shape[1])[None]
         states = self._states(
             packed_ids, packed_segments, position_ids=places, attention_mask=each_sees, packing=packing
         )
-        return torch.where(packing.mask[:, :, None], packing.spread(states[0]).float(), 0.0)
+        return torch.where(packing.mask[:, :, None], packing.spread(states[0]), 0.0)
 
     def _states(self, ids: Tensor, segments: Tensor, **options: Any) -> Tensor:
+        """Return the states in the weights' precision, whatever they are computed in."""
         if self.takes_segments:
             options["token_type_ids"] = segments
         if self.dtype == torch.float32:
@@ -75,7 +76,7 @@ class TextModel(nn.Module):
             weights = {name: weight for name, weight in weights.items() if weight is not vocabulary.weight}
             options["inputs_embeds"] = vocabulary(options.pop("input_ids")).to(self.dtype)
         lowered = dict(zip(weights, _Lowered.apply(self.dtype, *weights.values()), strict=True))
-        return functional_call(self.model, lowered, (), options).last_hidden_state
+        return functional_call(self.model, lowered, (), options).last_hidden_state.float()
 
 
 def set_precision(model: nn.Module, precision: str) -> None:
