@@ -17,7 +17,8 @@ from registry.contract import Batch, ModelSpec
 from registry.data import batches
 from registry.data.batches import predict
 from registry.data.text import TextEncoder
-from registry.data.text_model import SPARE, TextModel, set_precision
+from registry.data.text_model import SPARE, TextModel, _Packing, set_precision
+from registry.errors import RunFailed
 from registry.graphs import Recorder
 from registry.jobs import needs_of
 from registry.plugins import Plugins
@@ -53,7 +54,7 @@ class LastEpoch(Watcher):
 
 @pytest.mark.parametrize("name", TRACES)
 def test_training_follows_the_trace_on_a_gpu(name, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as `registry.run` trains
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as `--precision fp32` trains
     trace = Trace(name)
     watcher = LastEpoch(trace)
     trace.train(monkeypatch, watcher, per_sample=True, device=CUDA)
@@ -243,6 +244,22 @@ def test_recorded_steps_give_what_usual_ones_give(still, hook, batch_size):
     np.testing.assert_allclose(one.predictions["prediction"], other.predictions["prediction"], atol=1e-4)
 
 
+def test_recorded_steps_follow_a_rate_that_is_lowered(still):
+    config = {"update_epochs": 1, "epochs": 6, "scheduler": "plateau", "scheduler_patience": 0}
+    recorded, usual = (still.run("self_mm", r, precision="fp32", config=config, graph=r == "a") for r in ("a", "b"))
+    expected = weights_of(usual)
+    for name, values in weights_of(recorded).items():
+        np.testing.assert_allclose(values, expected[name], atol=5e-5, err_msg=name)
+
+
+def test_recorded_steps_in_bf16_are_near_usual_ones(still):
+    recorded, usual = (still.run("self_mm", r, precision="bf16", graph=r == "a") for r in ("a", "b"))
+    assert "steps were replayed" in log_of(recorded)
+    expected = weights_of(usual)
+    for name, values in weights_of(recorded).items():
+        np.testing.assert_allclose(values, expected[name], atol=2e-2, err_msg=name)
+
+
 @pytest.mark.parametrize("name", [entry.name for entry in Plugins().entries("model")])
 def test_every_model_trains_recorded_or_not_to_the_same(still, name):
     recorded, usual = (still.run(name, runs, precision="fp32", graph=runs == "a") for runs in ("a", "b"))
@@ -277,7 +294,7 @@ def test_a_training_step_never_waits_for_the_device(still, precision, graph):
 
 
 def recorder_of(*modules: torch.nn.Module) -> Recorder:
-    return Recorder(modules, lambda: None)
+    return Recorder(modules, [], lambda: None)
 
 
 def clips(n: int = 4) -> Batch:
@@ -297,6 +314,44 @@ def test_replays_read_the_batch_they_are_given():
     found = [int(recorder(lambda batch: batch.index.sum(), batch, 0)) for batch in batches]
     assert (found, recorder.replayed) == ([0, 3, 6, 9, 12], 3)
     assert int(recorder(lambda batch: batch.index.sum(), clips(7), 0)) == 21
+
+
+class Anneals(torch.nn.Module):
+    """Its factor is another in every epoch."""
+
+    factor = 1.0
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return batch.index.sum() * self.factor
+
+
+def test_what_changes_between_epochs_is_recorded_anew():
+    model = Anneals()
+    recorder, found = recorder_of(model), []
+    for epoch in range(3):
+        model.factor = float(epoch)
+        recorder.begin_epoch()
+        found += [float(recorder(model, clips(4), 0)) for _ in range(4)]
+    assert found == [0.0] * 4 + [6.0] * 4 + [12.0] * 4
+    assert recorder.replayed > 2
+
+
+def test_a_recording_that_leaves_a_hook_half_way_ends_the_run():
+    queue = torch.nn.Module()
+    queue.waiting = []
+
+    def step(batch: Batch) -> torch.Tensor:
+        queue.waiting.append(1)
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no memory")
+        queue.waiting.pop()
+        return batch.index.sum()
+
+    recorder = recorder_of(queue)
+    for _ in range(2):
+        recorder(step, clips(), 0)
+    with pytest.raises(RunFailed, match="half way"):
+        recorder(step, clips(), 0)
 
 
 class Waits(torch.autograd.Function):
@@ -391,3 +446,28 @@ def test_packed_attention_is_that_of_padded_clips(dtype, width, clips):
         found = model(ids, mask, torch.zeros_like(ids), places)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_and_dropout_of_packed_attention(dtype):
+    """Gradients are those of padded clips; with dropout the mean over draws is what it is without."""
+    torch.manual_seed(0)
+    mask = (torch.arange(20) < torch.randint(2, 20, (16, 1))).long().cuda()
+    places = (mask == 0).flatten().sort(stable=True).indices[: int(mask.sum()) + 50]
+    packing = _Packing(mask, places)
+    heads = [torch.randn(len(places), 2, 16, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(len(places), 2, 16, device=CUDA, dtype=dtype) * (mask.flatten()[places] == 1)[:, None, None]
+    fused = packing.attend(heads, 0.0, None)
+    expected = torch.autograd.grad((fused * weights).sum(), heads)
+    slow = [packing.spread(tensor).transpose(1, 2) for tensor in heads]
+    padded = torch.nn.functional.scaled_dot_product_attention(*slow, attn_mask=mask.bool()[:, None, None])
+    padded = padded.transpose(1, 2).flatten(0, 1).index_select(0, places)
+    found = torch.autograd.grad((padded * weights).sum(), heads)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=0.02)
+    with torch.no_grad():
+        draws = torch.stack([packing.attend(heads, 0.5, None) for _ in range(2000)]).float()
+    real = mask.flatten()[places] == 1
+    assert (draws.mean(0) - fused.float())[real].abs().mean() < 0.05
+    assert draws.std(0)[real].mean() > 0.1
