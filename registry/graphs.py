@@ -74,12 +74,10 @@ class Recorder:
             return step(batch)
 
     def begin_epoch(self) -> None:
-        """Forget what was recorded if a model is another than in the epoch before, but for its tensors' values."""
-        attributes = attributes_of(self._models)
-        if attributes != self._attributes:
+        """Forget what was recorded if a model is another than it was then, but for its tensors' values."""
+        if self._graphs and attributes_of(self._models) != self._attributes:
             self._graphs.clear()
             self._seen.clear()
-        self._attributes = attributes
 
     def __str__(self) -> str:
         done = f"{self.replayed} of {self.replayed + self.usual} steps were replayed as CUDA graphs"
@@ -105,6 +103,8 @@ class Recorder:
         finally:
             self._release()
         self._pool = graph.pool
+        if not self._graphs:
+            self._attributes = attributes_of(self._models)
         if len(self._graphs) == MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         return graph
