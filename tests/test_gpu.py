@@ -15,7 +15,8 @@ import registry
 from registry import benchmark
 from registry.contract import Batch, ModelSpec
 from registry.data import batches
-from registry.data.batches import predict
+from registry.data.batches import Split, predict
+from registry.data.feature_file import read_feature_file
 from registry.data.text import TextEncoder
 from registry.data.text_model import SPARE, TextModel, _Packing, set_precision
 from registry.errors import RunFailed
@@ -240,7 +241,9 @@ def test_recorded_steps_give_what_usual_ones_give(still, hook, batch_size):
         np.testing.assert_allclose(values, expected[name], atol=2e-5, err_msg=name)
     one, other = (registry.load_run(result.runs[0].folder) for result in (recorded, usual))
     columns = ["text", "audio", "vision"]
-    np.testing.assert_allclose(one.table("labels")[columns], other.table("labels")[columns], atol=2e-3)
+    # Features without dropout are nearly parallel: what is left of 1 - cosine is rounding, and is divided by.
+    atol = 0.1 if "cosine" in hook else 2e-3
+    np.testing.assert_allclose(one.table("labels")[columns], other.table("labels")[columns], atol=atol)
     np.testing.assert_allclose(one.predictions["prediction"], other.predictions["prediction"], atol=1e-4)
 
 
@@ -265,9 +268,11 @@ def test_every_model_trains_recorded_or_not_to_the_same(still, name):
     recorded, usual = (still.run(name, runs, precision="fp32", graph=runs == "a") for runs in ("a", "b"))
     assert [run.reason for run in (*recorded.runs, *usual.runs)] == [None, None]
     print(name, log_of(recorded).splitlines()[-1])  # with -s: which models are recorded
-    expected = weights_of(usual)
-    for weight, values in weights_of(recorded).items():
-        np.testing.assert_allclose(values, expected[weight], atol=2e-4, err_msg=weight)
+    # Weights would show more than there is: attention does not depend on its keys' biases, whose gradients are
+    # rounding, and Adam makes steps of them that are as long as any.
+    one, other = (registry.load_run(result.runs[0].folder) for result in (recorded, usual))
+    np.testing.assert_allclose(one.history["train_loss"], other.history["train_loss"], rtol=1e-4)
+    np.testing.assert_allclose(one.predictions["prediction"], other.predictions["prediction"], atol=5e-4)
 
 
 class NeverWaits(Watcher):
@@ -418,6 +423,23 @@ SPEC = HookSpec(name="counting", summary="counts", build=lambda config, train, f
 """
 
 
+@pytest.mark.parametrize("needs", [("audio", "vision"), ("audio", "vision", "padding")])
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_batch_on_a_gpu_is_the_cpu_s(needs, share, tmp_path, monkeypatch):
+    """Also of clips that lie there without their padding."""
+    monkeypatch.setattr(batches, "SHARE_OF_MEMORY", share)
+    arrays = read_feature_file(feature_file(tmp_path), label_range=3.0).splits["train"]
+    one, other = (Split(arrays, arrays.text_bert, torch.device(d), train=True, needs=needs) for d in ("cpu", "cuda"))
+    rows = torch.tensor([7, 2, 11])
+    for rounded in (True, False):
+        sizes = one.sizes(rows, rounded=rounded)
+        expected, found = (split.batch(rows, sizes).tensors() for split in (one, other))
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            assert values.is_cuda
+            assert torch.equal(values.cpu(), expected[name]), name
+
+
 def test_what_does_not_fit_stays_on_the_host_and_gives_the_same(still, monkeypatch):
     config = {"batch_size": 8}
     on_device = still.run("self_mm", "device", precision="fp32", config=config)
@@ -457,7 +479,7 @@ def test_gradients_and_dropout_of_packed_attention(dtype):
     packing = _Packing(mask, places)
     heads = [torch.randn(len(places), 2, 16, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(3)]
     weights = torch.randn(len(places), 2, 16, device=CUDA, dtype=dtype) * (mask.flatten()[places] == 1)[:, None, None]
-    fused = packing.attend(heads, 0.0, None)
+    fused = packing.attend(heads, 0.0)
     expected = torch.autograd.grad((fused * weights).sum(), heads)
     slow = [packing.spread(tensor).transpose(1, 2) for tensor in heads]
     padded = torch.nn.functional.scaled_dot_product_attention(*slow, attn_mask=mask.bool()[:, None, None])
@@ -467,7 +489,7 @@ def test_gradients_and_dropout_of_packed_attention(dtype):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=tolerance, rtol=0.02)
     with torch.no_grad():
-        draws = torch.stack([packing.attend(heads, 0.5, None) for _ in range(2000)]).float()
+        draws = torch.stack([packing.attend(heads, 0.5) for _ in range(2000)]).float()
     real = mask.flatten()[places] == 1
     assert (draws.mean(0) - fused.float())[real].abs().mean() < 0.05
     assert draws.std(0)[real].mean() > 0.1

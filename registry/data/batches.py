@@ -53,18 +53,21 @@ class Split:
         self.device = device
         self.trims = "padding" not in needs
         self.labels = {task: _tensor(values).to(device) for task, values in arrays.labels.items()}
-        given = {name: getattr(arrays, name) for name in arrays_of(needs)}
-        sequences = {name: array for name, array in given.items() if array is not None}
+        given = {name: array for name in arrays_of(needs) if (array := getattr(arrays, name)) is not None}
+        lengths = {name: of for name in given if (of := getattr(arrays, f"{name}_lengths")) is not None}
+        self._device_lengths = {f"{name}_lengths": _tensor(of).to(device) for name, of in lengths.items()}
+        self._whole = {name: array.shape[1] for name, array in given.items()}
         if tokens is not None:
-            sequences["tokens"] = tokens
-        self._home = _home(sequences.values(), device)
-        self._sequences = {name: _tensor(array).to(self._home) for name, array in sequences.items()}
+            self._whole["tokens"] = tokens.shape[2]
+            lengths["tokens"] = _last_real(tokens[:, 1])
         # Lengths stay on the host too: trimming must not ask the device for a number.
-        self._lengths = {name: of for name in given if (of := getattr(arrays, f"{name}_lengths")) is not None}
-        self._device_lengths = {f"{name}_lengths": _tensor(of).to(device) for name, of in self._lengths.items()}
-        self._real_tokens = None if tokens is None else tokens[:, 1].sum(axis=1)
-        if tokens is not None:
-            self._lengths["tokens"] = _last_real(tokens[:, 1])
+        self._lengths = lengths if self.trims else {}
+        self._varying = [name for name, of in self._lengths.items() if of.min() < self._whole[name]]
+        self._real_tokens = None if tokens is None or not self.trims else tokens[:, 1].sum(axis=1)
+        real = {name: self._lengths.get(name, np.full(len(self), self._whole[name])) for name in given}
+        self._home = _home([of.sum() * given[name][0, 0].nbytes for name, of in real.items()], device)
+        self._tokens = None if tokens is None else _tensor(tokens).to(self._home)
+        self._sequences = {name: _Sequences.of(array, real[name], self._home) for name, array in given.items()}
 
     def __len__(self) -> int:
         return len(self.labels["M"])
@@ -77,31 +80,30 @@ class Split:
         quarter of their full lengths.
         """
         host = rows.numpy()
-        whole = {name: each.shape[-1 if name == "tokens" else 1] for name, each in self._sequences.items()}
-        lengths = self._lengths if self.trims else {}
-        sizes = whole | {name: int(of[host].max()) for name, of in lengths.items()}
+        sizes = self._whole | {name: int(of[host].max()) for name, of in self._lengths.items()}
         if rounded:
-            varying = [name for name, of in lengths.items() if of.min() < whole[name]]
-            quarter = max((math.ceil(4 * sizes[name] / whole[name]) for name in varying), default=4)
-            sizes |= {name: math.ceil(quarter * whole[name] / 4) for name in lengths}
-        if self.trims and self._real_tokens is not None:
+            quarters = (math.ceil(4 * sizes[name] / self._whole[name]) for name in self._varying)
+            quarter = max(quarters, default=4)
+            sizes |= {name: math.ceil(quarter * self._whole[name] / 4) for name in self._lengths}
+        if self._real_tokens is not None:
             real, all_tokens = int(self._real_tokens[host].sum()), len(rows) * sizes["tokens"]
             if real < all_tokens:
                 sizes["rows"] = min(-(-(real + 1) // SPARE) * SPARE, all_tokens) if rounded else real + 1
         return sizes
 
     def batch(self, rows: Tensor, sizes: Mapping[str, int] | None = None) -> Batch:
-        """Return the clips at `rows` (B, int64, on the host), as long as `sizes` says, by default as the longest."""
+        """Return the clips at `rows` (B, int64, on the host), as long as `sizes` says, by default as the longest.
+
+        Audio, vision and text features are 0 behind a clip's own end, except in a split that is not trimmed.
+        """
         sizes = self.sizes(rows) if sizes is None else sizes
         at = self._sent(rows)
-        tensors: dict[str, Any] = {}
-        for name, sequence in self._sequences.items():
-            cut = sequence[..., : sizes[name]] if name == "tokens" else sequence[:, : sizes[name]]
-            if self._home == self.device:
-                tensors[name] = cut[at]
-            else:
-                tensors[name] = self._sent(cut[rows])
-        if (tokens := tensors.pop("tokens", None)) is not None:
+        at_home = at if self._home == self.device else rows
+        tensors: dict[str, Any] = {
+            name: self._sent(sequences.of_clips(at_home, sizes[name])) for name, sequences in self._sequences.items()
+        }
+        if self._tokens is not None:
+            tokens = self._sent(self._tokens[..., : sizes["tokens"]][at_home])
             tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}
             if "rows" in sizes:
                 # Sorted, since how many tokens are real would have to be asked of the device.
@@ -112,8 +114,8 @@ class Split:
         return Batch(index=torch.full_like(at, -1), **tensors)
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the host on the device; a GPU is not waited for."""
-        if self.device.type != "cuda":
+        """Return a tensor on the device; a GPU is not waited for."""
+        if tensor.device.type == self.device.type:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -125,6 +127,32 @@ class Split:
         return torch.from_numpy(np.lexsort([-key[rows.numpy()] for key in keys]))
 
 
+@dataclass(frozen=True)
+class _Sequences:
+    """Sequences of one kind in one row (S, d): a clip's are those from its start (N) on, as many as it is long (N)."""
+
+    row: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, array: np.ndarray, lengths: np.ndarray, device: torch.device) -> _Sequences:
+        """Return the sequences of an array (N, L, d); a GPU gets them without what is behind each clip's end."""
+        n, longest, width = array.shape
+        if device.type == "cpu":  # as they are, perhaps in a file that is mapped
+            row, starts = array.reshape(n * longest, width), np.arange(n) * longest
+        else:
+            row, starts = array[np.arange(longest) < lengths[:, None]], lengths.cumsum() - lengths
+        return cls(*(_tensor(part).to(device) for part in (row, starts, lengths)))
+
+    def of_clips(self, at: Tensor, size: int) -> Tensor:
+        """Return the sequences (B, size, d) of clips (B), 0 behind their ends."""
+        steps = torch.arange(size, device=at.device)
+        inside = steps < self.lengths[at][:, None]
+        found = self.row[torch.where(inside, self.starts[at][:, None] + steps, 0)]
+        return found.masked_fill_(~inside[:, :, None], 0.0)
+
+
 def _tensor(array: np.ndarray) -> Tensor:
     """Return an array that nobody will write to as a tensor, without a copy."""
     with warnings.catch_warnings():
@@ -132,13 +160,13 @@ def _tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _home(arrays: Iterable[np.ndarray], device: torch.device) -> torch.device:
-    """Return where a split's arrays are to lie: on the device, or on the host where they would fill it."""
+def _home(sizes: Iterable[int], device: torch.device) -> torch.device:
+    """Return where arrays of so many bytes are to lie: on the device, or on the host where they would fill it."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and unused
-    fits = sum(array.nbytes for array in arrays) <= SHARE_OF_MEMORY * free
+    fits = sum(sizes) <= SHARE_OF_MEMORY * free
     return device if fits else torch.device("cpu")
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 SPARE = 128
 """Packed tokens are the real ones and at least one and at most so many others."""
-_PACKED = "packed_tokens"
-"""our attention's name among transformers' own"""
 
 
 class TextModel(nn.Module):
@@ -33,12 +32,13 @@ class TextModel(nn.Module):
         accepted = inspect.signature(model.forward).parameters
         self.takes_segments = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1
         self.dtype = torch.float32
-        _prepare(model)
+        self._prepared = _prepare(model)
 
     @property
     def can_pack(self) -> bool:
         """Whether the encoder reads packed tokens."""
-        return getattr(self.model.config, "_attn_implementation", None) == _PACKED
+        config: Any = self.model.config
+        return self._prepared and config._attn_implementation == "sdpa"
 
     def forward(self, ids: Tensor, mask: Tensor, segments: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the last hidden state (B, L, width), float32, of tokens (B, L).
@@ -128,7 +128,7 @@ class _Packing:
         places = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
         return places.index_copy(0, self.rows, packed).unflatten(0, self.mask.shape)
 
-    def attend(self, heads: Sequence[Tensor], dropout: float, scale: float | None) -> Tensor:
+    def attend(self, heads: Sequence[Tensor], dropout: float) -> Tensor:
         """Return the attention (T, H, d) of query, key and value, (T, H, d) each, within each clip."""
         if _is_fused(heads[0]):
             # What torch's nested tensors call for sequences of different lengths, without their cost on the host.
@@ -146,12 +146,11 @@ class _Packing:
                 dropout,
                 0,
                 torch.is_grad_enabled(),
-                scale=scale,
             )
-            return found[0]
+            return found.squeeze(0)
         query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads)
         each_sees = self.mask[:, None, None]
-        found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout, scale=scale)
+        found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
 
@@ -163,33 +162,28 @@ def _is_fused(heads: Tensor) -> bool:
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    packing: _Packing | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls: heads (1, H, T, d) of packed tokens, or (B, H, L, d)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    module: Any, hidden_states: Tensor, *positional: Any, packing: _Packing | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of transformers' `BertSelfAttention`; for packed tokens (1, T, width) ours.
 
+    One product makes query, key and value: three of a third of the width each would leave a GPU idle in between.
+    """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    return packing.attend(heads, options.get("dropout", 0.0), options.get("scaling"))[None], None
+        return type(module).forward(module, hidden_states, *positional, **options)
+    parts = (module.query, module.key, module.value)
+    weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+    heads = linear(hidden_states.squeeze(0), weight, bias).unflatten(1, (3, module.num_attention_heads, -1))
+    found = packing.attend(heads.unbind(1), module.dropout.p if module.training else 0.0)
+    return found.flatten(1)[None], None
 
 
-def _prepare(model: nn.Module) -> None:
-    """Make a model's attention one that can read packed tokens, where that is known to be right."""
+def _prepare(model: Any) -> bool:
+    """Make a model's attention one that can read packed tokens, where that is known to be right; return whether."""
     # Of encoders of other kinds it is not known that positions can be given and that only attention mixes tokens.
-    if getattr(model.config, "model_type", None) != "bert" or not getattr(model, "_supports_attention_backend", False):
-        return
-    try:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    except ImportError:  # of an older transformers
-        return
-    AttentionInterface.register(_PACKED, _attention)
-    AttentionMaskInterface.register(_PACKED, sdpa_mask)
-    model.set_attn_implementation(_PACKED)  # type: ignore[operator]
+    config = model.config
+    known = getattr(config, "model_type", None) == "bert" and getattr(model, "_supports_attention_backend", False)
+    if not known or getattr(config, "position_embedding_type", "absolute") != "absolute":
+        return False
+    for layer in model.encoder.layer:
+        layer.attention.self.forward = MethodType(_attention, layer.attention.self)
+    return True
