@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from registry.graphs import Recorder
 from registry.jobs import needs_of
 from registry.plugins import Plugins
 from registry.training import Epoch, Watcher
+from registry.turns import Turns
 from selfmm_plugin import UnimodalLabelGenerator, UnimodalSupervision
 from selfmm_plugin.upstream import translate
 from tests.baselines import batch, configured, info
@@ -273,6 +275,26 @@ def test_every_model_trains_recorded_or_not_to_the_same(still, name):
     one, other = (registry.load_run(result.runs[0].folder) for result in (recorded, usual))
     np.testing.assert_allclose(one.history["train_loss"], other.history["train_loss"], rtol=1e-4)
     np.testing.assert_allclose(one.predictions["prediction"], other.predictions["prediction"], atol=5e-4)
+
+
+def test_seeds_at_once_give_what_each_gives_alone(tmp_path, monkeypatch, encoder):
+    """With dropout: each goes on with its own random numbers, whether its steps are recorded or not."""
+    together, advance = [], Turns._advance
+    monkeypatch.setattr(
+        Turns, "_advance", lambda self, *given: together.append(len(self.live)) or advance(self, *given)
+    )
+    given = {"data": feature_file(tmp_path, sizes={"train": 70, "valid": 12, "test": 12}), "text_encoder": encoder}
+    config = {"epochs": 4, "batch_size": 8, "early_stop": 4}
+    run = partial(registry.run, "self_mm", "custom", label_range=3.0, device="cuda", precision="fp32", **given)
+    at_once = run(seeds=[1, 2, 3], config=config, runs=tmp_path / "at_once")
+    assert max(together) == 3
+    for seed, found in zip([1, 2, 3], at_once.runs, strict=True):
+        alone = run(seeds=[seed], config=config, runs=tmp_path / "alone").runs[0]
+        one, other = registry.load_run(found.folder), registry.load_run(alone.folder)
+        np.testing.assert_allclose(one.history["train_loss"], other.history["train_loss"], rtol=1e-4)
+        np.testing.assert_allclose(one.predictions["prediction"], other.predictions["prediction"], atol=5e-4)
+    losses = [tuple(registry.load_run(found.folder).history["train_loss"]) for found in at_once.runs]
+    assert len(set(losses)) == 3
 
 
 class NeverWaits(Watcher):
