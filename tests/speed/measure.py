@@ -87,6 +87,14 @@ def time_ulgm(case: Case, labels: np.ndarray) -> float:
     return ours.ulgm_milliseconds(ours.preset(case.shape.dataset), labels, case.device)
 
 
+def time_steps_with_and_without_ulgm(case: Case, precision: str) -> tuple[float, float]:
+    """Return the milliseconds of a recorded step as it is, and of one in which no label is generated."""
+    from . import ours
+
+    runs = case.folder / f"ulgm-{precision}"
+    return ours.steps_with_and_without_ulgm(precision, case.shape.dataset, case.data, case.encoder, case.device, runs)
+
+
 def _most(device: str, precision: str) -> dict[str, Any]:
     """Return the most bytes that tensors took on the GPU, and torch kept for them, and the device's peak arithmetic."""
     on_gpu = device == "cuda"

@@ -6,16 +6,23 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import registry
+from registry import training
+from registry.graphs import Recorder
 from selfmm_plugin import UnimodalLabelGenerator
+from selfmm_plugin.ulgm import LABEL
 
 from .kernels import Profiler
 from .machine import synchronise
@@ -106,6 +113,48 @@ def ulgm_milliseconds(settings: Mapping[str, Any], labels: np.ndarray, device: s
             generator.update(of_rows, rows, 2)
 
     return _milliseconds(_recorded(work) if device == "cuda" else work, device)
+
+
+def steps_with_and_without_ulgm(precision: str, *given: Any) -> tuple[float, float]:
+    """Return the milliseconds of a recorded step, the mean over shapes, and of one in which no label is generated.
+
+    The difference is what ULGM costs where it runs beside the update of the weights. A GPU's only.
+
+    Args:
+        precision: of both.
+        given: `dataset` to `runs` of `train`.
+    """
+    *named, runs = given
+    options: dict[str, Any] = {"seed": 1, "epochs": 2, "precision": precision}
+    with patch.object(training, "Recorder", _Kept), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is said of the data means nothing here
+        train(*named, runs / "with", **options)
+        with (
+            patch.object(UnimodalLabelGenerator, "update", lambda *_: None),
+            patch.object(UnimodalLabelGenerator, "targets", _fixed),
+        ):
+            train(*named, runs / "without", **options)
+    steps = [recorder._graphs for recorder in _Kept.made]
+    found = [{key: _milliseconds(step._graph.replay, "cuda") for key, step in of.items()} for of in steps]
+    common = found[0].keys() & found[1].keys()
+    one, other = (mean(of[key] for key in common) for of in found)
+    return one, other
+
+
+class _Kept(Recorder):
+    """A recorder that is kept, with the tensors of its steps."""
+
+    made: ClassVar[list[_Kept]] = []
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.made.append(self)
+
+
+def _fixed(generator: UnimodalLabelGenerator, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return labels as they stand, each of which counts."""
+    labels = generator.clips[index][..., LABEL]
+    return labels, torch.ones_like(labels)
 
 
 def _recorded(work: Callable[[], None]) -> Callable[[], None]:
