@@ -144,7 +144,7 @@ def training(
 ) -> Generator[int, None, Outcome]:
     """Train until the validation MAE has not improved for `config.early_stop` epochs, and keep the best weights.
 
-    It stops after every step, and yields how many epochs are done.
+    It stops in every epoch where a GPU has got all steps and before it is waited for, and yields the epochs done.
 
     Args:
         model, hooks: on the device of the splits.
@@ -191,7 +191,7 @@ def training(
         for number, group in enumerate(epoch_groups, 1):
             total += step_of_group(group, epoch if recorder is None or recorder.fault else counted)
             watcher.step(epoch, number, len(epoch_groups))
-            yield epoch - 1
+        yield epoch - 1
         for hook in hooks.values():
             hook.end_epoch(epoch)
         train_loss = float(total) / sum(len(group.micro_batches) for group in epoch_groups)
@@ -210,7 +210,6 @@ def training(
         record = Epoch(epoch, train_loss, valid_mae, better, *seconds)
         outcome.history.append(record)
         watcher.epoch(record)
-        yield epoch
     for name, module in modules.items():
         module.load_state_dict(best_weights[name])
     outcome.steps = "" if recorder is None else str(recorder)

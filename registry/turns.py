@@ -1,7 +1,7 @@
-"""Several seeds on one GPU at once: their steps take turns, each seed in a stream of its own.
+"""Several seeds on one GPU at once: each has a stream of its own, and they take turns to fill it for an epoch.
 
-A recorded step of a small batch leaves a GPU half idle, which another seed's step fills. On a CPU, and where steps are
-not to be recorded, one seed comes after the other.
+A recorded step of a small batch leaves a GPU half idle, which another seed's step fills; and while one seed keeps the
+host busy, the GPU has the others' steps. On a CPU, and where no steps are recorded, one seed comes after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARE_OF_MEMORY = 0.8
 """of what is free on the GPU, that the seeds beside the first may fill"""
 
 Training = Iterator[int]
-"""Goes on by a step at a time, and gives how many epochs are done."""
+"""Goes on for about an epoch at a time, and gives how many are done."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Turns:
         return Isolation(seed, self.device, self.precision, stream=stream)
 
     def _advance(self, seed: int, epochs: float) -> int | None:
-        """Do a step of one of several, or so many epochs of the only one; None at its end."""
+        """Do an epoch of one of several, or so many of the only one; return how many are done, None at its end."""
         training, isolation = self.live[seed]
         with isolation.entered():
             done = next(training, None)

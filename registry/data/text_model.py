@@ -8,7 +8,6 @@ which tokens are of one clip.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -128,34 +127,53 @@ class _Packing:
         places = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
         return places.index_copy(0, self.rows, packed).unflatten(0, self.mask.shape)
 
-    def attend(self, heads: Sequence[Tensor], dropout: float) -> Tensor:
-        """Return the attention (T, H, d) of query, key and value, (T, H, d) each, within each clip."""
-        if _is_fused(heads[0]):
-            # What torch's nested tensors call for sequences of different lengths, without their cost on the host.
+    def attend(self, heads: Tensor, dropout: float) -> Tensor:
+        """Return the attention (T, H, d) within each clip, of query, key and value in one (T, 3, H, d)."""
+        if _is_fused(heads):
             longest = min(max(SPARE, self.mask.shape[1]), len(self.rows))
-            query, key, value = (tensor[None] for tensor in heads)
-            found, *_ = torch.ops.aten._efficient_attention_forward(
-                query,
-                key,
-                value,
-                None,
-                self.ends,
-                self.ends,
-                longest,
-                longest,
-                dropout,
-                0,
-                torch.is_grad_enabled(),
-            )
-            return found.squeeze(0)
-        query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads)
+            return _FusedAttention.apply(heads, self.ends, longest, dropout)
+        query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads.unbind(1))
         each_sees = self.mask[:, None, None]
         found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
 
+class _FusedAttention(torch.autograd.Function):
+    """What torch's nested tensors call for sequences of different lengths, without their cost on the host.
+
+    Query, key and value, (T, 3, H, d) in one, have one gradient, which needs no copy; `ends` (B + 1) says where each
+    sequence begins and ends.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, ends: Tensor, longest: int, dropout: float) -> Tensor:
+        needs = ctx.needs_input_grad[0]
+        found, sums, *drawn, _, _ = torch.ops.aten._efficient_attention_forward(
+            *heads[None].unbind(2), None, ends, ends, longest, longest, dropout, 0, needs
+        )
+        ctx.save_for_backward(heads, ends, found, sums, *drawn)
+        ctx.longest, ctx.dropout = longest, dropout
+        return found.squeeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        heads, ends, found, sums, *drawn = ctx.saved_tensors
+        query, *_ = torch.ops.aten._efficient_attention_backward(
+            gradient.contiguous()[None],
+            *heads[None].unbind(2),
+            None,
+            found,
+            *(ends, ends, ctx.longest, ctx.longest, sums, ctx.dropout),
+            *(*drawn, 0, False),
+            shared_storage_dqdkdv=True,
+        )
+        # That of the query is the first third of a tensor (1, T, 3, H, d).
+        whole = query.as_strided(heads.shape, torch.empty(heads.shape, device="meta").stride())
+        return whole, None, None, None
+
+
 def _is_fused(heads: Tensor) -> bool:
-    """Whether a GPU has a kernel for the attention of packed tokens (T, H, d): it reads 16 bytes at a time."""
+    """Whether a GPU has a kernel for the attention of packed tokens (…, d): it reads 16 bytes at a time."""
     wide = heads.shape[-1] * heads.element_size() % 16 == 0
     has_bf16 = heads.is_cuda and torch.cuda.get_device_capability(heads.device) >= (8, 0)
     return heads.is_cuda and wide and (has_bf16 or heads.dtype == torch.float32)
@@ -173,7 +191,7 @@ def _attention(
     parts = (module.query, module.key, module.value)
     weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
     heads = linear(hidden_states.squeeze(0), weight, bias).unflatten(1, (3, module.num_attention_heads, -1))
-    found = packing.attend(heads.unbind(1), module.dropout.p if module.training else 0.0)
+    found = packing.attend(heads, module.dropout.p if module.training else 0.0)
     return found.flatten(1)[None], None
 
 

@@ -74,9 +74,8 @@ def time_ours(case: Case, epochs: int, options: dict[str, Any]) -> dict[str, Any
     """Train ours for some epochs, and one more that is profiled; `options` are further arguments of `registry.run`."""
     from . import ours
 
-    runs = case.folder / "-".join(["runs", *map(str, options.values())])
     named = {"seed": SEED, "epochs": epochs, "profiled": True, **options}
-    figures = ours.train(case.shape.dataset, case.data, case.encoder, case.device, runs, **named)
+    figures = ours.train(case.shape.dataset, case.data, case.encoder, case.device, case.folder / "runs", **named)
     return figures | _most(case.device, figures["precision"])
 
 
@@ -91,7 +90,7 @@ def time_steps_with_and_without_ulgm(case: Case, precision: str) -> tuple[float,
     """Return the milliseconds of a recorded step as it is, and of one in which no label is generated."""
     from . import ours
 
-    runs = case.folder / f"ulgm-{precision}"
+    runs = case.folder / "runs"
     return ours.steps_with_and_without_ulgm(precision, case.shape.dataset, case.data, case.encoder, case.device, runs)
 
 
@@ -99,7 +98,7 @@ def time_seeds(case: Case, epochs: int, options: dict[str, Any], at_once: bool) 
     """Return the seconds of five seeds, at once or one by one; `options` are further arguments of `registry.run`."""
     from . import ours
 
-    given = (case.shape.dataset, case.data, case.encoder, case.device, case.folder / f"seeds-{at_once}")
+    given = (case.shape.dataset, case.data, case.encoder, case.device, case.folder / "runs")
     return ours.seeds_seconds(*given, epochs=epochs, at_once=at_once, **options)
 
 

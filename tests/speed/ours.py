@@ -66,7 +66,7 @@ def train(
         assert epochs is not None
         config = {"epochs": epochs + 1, "early_stop": epochs + 1}
         watcher = Profiler(epochs + 1, device)
-    named = {"data": data, "text_encoder": encoder, "device": device, "runs": runs, **options}
+    named = {"data": data, "text_encoder": encoder, "device": device, "runs": runs, "force": True, **options}
     result = registry.run("self_mm", dataset, seeds=[seed], config=config, watcher=watcher, **named)
     done = result.runs[0]
     if done.folder is None:
@@ -125,16 +125,15 @@ def steps_with_and_without_ulgm(precision: str, *given: Any) -> tuple[float, flo
         precision: of both.
         given: `dataset` to `runs` of `train`.
     """
-    *named, runs = given
     options: dict[str, Any] = {"seed": 1, "epochs": 2, "precision": precision}
     with patch.object(training, "Recorder", _Kept), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is said of the data means nothing here
-        train(*named, runs / "with", **options)
+        train(*given, **options)
         with (
             patch.object(UnimodalLabelGenerator, "update", lambda *_: None),
             patch.object(UnimodalLabelGenerator, "targets", _fixed),
         ):
-            train(*named, runs / "without", **options)
+            train(*given, **options)
     steps = [recorder._graphs for recorder in _Kept.made]
     found = [{key: _milliseconds(step._graph.replay, "cuda") for key, step in of.items()} for of in steps]
     common = found[0].keys() & found[1].keys()
@@ -211,7 +210,7 @@ def seeds_seconds(*given: Any, epochs: int, at_once: bool, **options: Any) -> fl
         options: more arguments of `registry.run`.
     """
     dataset, data, encoder, device, runs = given
-    named = {"data": data, "text_encoder": encoder, "device": device, "runs": runs, **options}
+    named = {"data": data, "text_encoder": encoder, "device": device, "runs": runs, "force": True, **options}
     config = {"epochs": epochs, "early_stop": epochs}
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
