@@ -79,6 +79,7 @@ class Recorder:
         if self._graphs and attributes_of(self._models) != self._attributes:
             self._graphs.clear()
             self._seen.clear()
+            self._pool = None  # it went with the last of them
 
     def __str__(self) -> str:
         done = f"{self.replayed} of {self.replayed + self.usual} steps were replayed as CUDA graphs"

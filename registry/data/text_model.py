@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +118,7 @@ class _Packing:
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
         self.mask = mask.bool()
         self.rows = rows
-        # What is not real makes up a clip of its own, at the end.
-        real = self.mask.sum(1).cumsum(0)
-        self.ends = torch.cat([torch.zeros_like(rows[:1]), real, torch.full_like(rows[:1], len(rows))]).int()
+        self._wide: _Wide | None = None
 
     def spread(self, packed: Tensor) -> Tensor:
         """Return (B, L, …) of (T, …); what no row names is 0."""
@@ -130,46 +128,77 @@ class _Packing:
     def attend(self, heads: Tensor, dropout: float) -> Tensor:
         """Return the attention (T, H, d) within each clip, of query, key and value in one (T, 3, H, d)."""
         if _is_fused(heads):
-            longest = min(max(SPARE, self.mask.shape[1]), len(self.rows))
-            return _FusedAttention.apply(heads, self.ends, longest, dropout)
+            if self._wide is None:  # the first of the layers, which have one precision
+                self._wide = self._places(heads.dtype)
+            return _FusedAttention.apply(heads, self._wide, dropout)
         query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads.unbind(1))
         each_sees = self.mask[:, None, None]
         found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
+    def _places(self, dtype: torch.dtype) -> _Wide:
+        """Return the places in clips that are as long as a GPU's attention wants them."""
+        (clips, longest), tokens = self.mask.shape, len(self.rows)
+        length = -(-longest // 8) * 8
+        at = self.rows // longest * length + self.rows % longest
+        token = at.new_zeros(clips * length).index_copy_(0, at, torch.arange(tokens, device=at.device))
+        empty = torch.ones_like(token, dtype=torch.bool).index_fill_(0, at, False)
+        sees = nn.functional.pad(self.mask, (0, length - longest))
+        return _Wide(at, token, empty, torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf))
+
+
+class _Wide(NamedTuple):
+    """Clips as long as all of (B, W), for T packed tokens."""
+
+    at: Tensor
+    """(T) each token's place in the flattened (B·W)"""
+    token: Tensor
+    """(B·W) the token at each place, anyone's where there is none"""
+    empty: Tensor
+    """(B·W) where there is none"""
+    bias: Tensor
+    """(B, W) added to what a query thinks of each key: 0, and −∞ where the key is padding"""
+
 
 class _FusedAttention(torch.autograd.Function):
-    """What torch's nested tensors call for sequences of different lengths, without their cost on the host.
+    """Attention (T, H, d) of packed query, key and value, (T, 3, H, d) in one, by a GPU's kernel for padded clips.
 
-    Query, key and value, (T, 3, H, d) in one, have one gradient, which needs no copy; `ends` (B + 1) says where each
-    sequence begins and ends.
+    It has one for packed ones, whose dropout is wrong: forward it drops the same in all clips and heads, and backward
+    something else (seen with torch 2.11). All moves are gathers, both ways, since no token goes to two places.
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, ends: Tensor, longest: int, dropout: float) -> Tensor:
-        needs = ctx.needs_input_grad[0]
+    def forward(ctx: Any, heads: Tensor, wide: _Wide, dropout: float) -> Tensor:
+        ctx.wide, ctx.dropout = wide, dropout
         found, sums, *drawn, _, _ = torch.ops.aten._efficient_attention_forward(
-            *heads[None].unbind(2), None, ends, ends, longest, longest, dropout, 0, needs
+            *_FusedAttention.given(heads, wide), *[None] * 4, dropout, 0, ctx.needs_input_grad[0]
         )
-        ctx.save_for_backward(heads, ends, found, sums, *drawn)
-        ctx.longest, ctx.dropout = longest, dropout
-        return found.squeeze(0)
+        ctx.save_for_backward(heads, found, sums, *drawn)
+        return found.flatten(0, 1).index_select(0, wide.at)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        heads, ends, found, sums, *drawn = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (heads, found, sums, *drawn), wide = ctx.saved_tensors, ctx.wide
+        of_places = gradient.index_select(0, wide.token).masked_fill_(wide.empty[:, None, None], 0.0)
+        length = found.shape[1]
         query, *_ = torch.ops.aten._efficient_attention_backward(
-            gradient.contiguous()[None],
-            *heads[None].unbind(2),
-            None,
-            found,
-            *(ends, ends, ctx.longest, ctx.longest, sums, ctx.dropout),
-            *(*drawn, 0, False),
+            of_places.view_as(found),
+            *_FusedAttention.given(heads, wide),
+            *(found, None, None, length, length, sums, ctx.dropout, *drawn, 0, False),
             shared_storage_dqdkdv=True,
         )
-        # That of the query is the first third of a tensor (1, T, 3, H, d).
-        whole = query.as_strided(heads.shape, torch.empty(heads.shape, device="meta").stride())
-        return whole, None, None, None
+        # That of the query is the first third of a tensor (B, W, 3, H, d).
+        _, count, width = parts = heads.shape[1:]
+        strides = (parts.numel(), count * width, width, 1)
+        whole = query.as_strided((len(wide.token), *parts), strides)
+        return whole.index_select(0, wide.at), None, None
+
+    @staticmethod
+    def given(heads: Tensor, wide: _Wide) -> tuple[Tensor, ...]:
+        """Return query, key and value of all places, (B, W, H, d) each, and the bias (B, H, W, W)."""
+        clips, length = wide.bias.shape
+        parts = heads.index_select(0, wide.token).unflatten(0, (clips, length)).unbind(2)
+        return *parts, wide.bias[:, None, None].expand(-1, heads.shape[2], length, -1)
 
 
 def _is_fused(heads: Tensor) -> bool:
