@@ -233,46 +233,50 @@ class _Step:
     recorder: Recorder | None = None
 
     def __call__(self, group: Group, epoch: int | Tensor) -> Tensor:
-        if self.recorder is None or self.recorder.fault:
-            return self._update(group, None, epoch)
         rows = torch.cat(list(group.micro_batches))
+        if self.recorder is None or self.recorder.fault:
+            whole = self.split.batch(rows) if self._at_once and not self._in_chunks() else None
+            return self._update(group, whole, epoch)
         whole = self.split.batch(rows, self.split.sizes(rows, rounded=True))
         rates = tuple(of_group["lr"] for of_group in self.optimizer.param_groups)
         key = (tuple(map(len, group.micro_batches)), group.step, rates)
         return self.recorder(lambda batch: self._update(group, batch, epoch), whole, key)
 
+    @property
+    def _at_once(self) -> bool:
+        """Whether a group is one forward; clipping comes after each micro-batch, as upstream has it."""
+        return self.per_sample and self.config.clip_value is None
+
+    def _in_chunks(self) -> bool:
+        """Whether a group that is one forward is better computed in chunks of like length.
+
+        A CPU is bound by arithmetic, so what is computed of padding costs; a GPU by launches, so chunks would.
+        """
+        return self.split.device.type == "cpu" and not any(
+            isinstance(module, TextModel) and module.can_pack for module in self.model.modules()
+        )
+
     def _update(self, group: Group, whole: Batch | None, epoch: int | Tensor) -> Tensor:
         """Do one group, given as one batch; read from the split, in the shapes that suit it best, if that is None."""
         self.optimizer.zero_grad()
         parts = [slice(*ends) for ends in pairwise([0, *accumulate(map(len, group.micro_batches))])]
+        batches = self._batches(group, whole, parts)
         with torch.set_grad_enabled(group.step):
-            # Clipping comes after each micro-batch, as upstream has it.
-            if self.per_sample and self.config.clip_value is None:
+            if not self._at_once:
+                return self._one_by_one(batches, epoch)
+            if whole is not None:
+                output = output_of(self.model, whole)
+            else:
                 rows = torch.cat(list(group.micro_batches))
-                if whole is None and not self._in_chunks():
-                    whole = self.split.batch(rows)
-                output = (
-                    forward(self.model, self.split, rows, self.config.batch_size)
-                    if whole is None
-                    else output_of(self.model, whole)
-                )
-                return self._at_once(output, parts, self._batches(group, whole, parts), epoch)
-            return self._one_by_one(self._batches(group, whole, parts), epoch)
-
-    def _in_chunks(self) -> bool:
-        """Whether a group is better computed in chunks of like length.
-
-        A CPU is bound by arithmetic, so what is computed of padding costs; a GPU by launches, so chunks would.
-        """
-        packs = any(isinstance(module, TextModel) and module.can_pack for module in self.model.modules())
-        return self.split.device.type == "cpu" and not packs
+                output = forward(self.model, self.split, rows, self.config.batch_size)
+            return self._of_whole(output, parts, batches, epoch)
 
     def _batches(self, group: Group, whole: Batch | None, parts: list[slice]) -> Iterator[Batch]:
         """Yield the micro-batches, each when it is wanted."""
         for part, rows in zip(parts, group.micro_batches, strict=True):
             yield self.split.batch(rows) if whole is None else whole[part]
 
-    def _at_once(
+    def _of_whole(
         self, output: FusionOutput, parts: Sequence[slice], batches: Iterable[Batch], epoch: int | Tensor
     ) -> Tensor:
         """Parameters do not move inside a group, so one forward gives each micro-batch the gradient it would have."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
+from registry.data import text_model
 from registry.data.text_model import TextModel, set_precision
 from tests.helpers import TINY_BERT
 
@@ -49,6 +50,41 @@ def test_packed_tokens_give_what_padded_ones_give(spare):
     real = given[1].bool()
     torch.testing.assert_close(found[real], expected[real], atol=1e-6, rtol=0)
     assert not found[~real].any()
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)
+
+
+class Kernel:
+    """What the GPU's kernels for padded clips compute, here without dropout."""
+
+    def attend(self, query, key, value, bias):
+        heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias).transpose(1, 2)
+
+    def forward(self, query, key, value, bias, *ends_and_lengths_and_dropout, **_):
+        *ends_and_lengths, dropout, mask_type, _ = ends_and_lengths_and_dropout
+        assert (ends_and_lengths, dropout, mask_type) == ([None] * 4, 0.0, 0)
+        nothing = torch.zeros(())
+        return self.attend(query, key, value, bias).contiguous(), nothing, nothing, nothing, 0, 0
+
+    def backward(self, gradient, query, key, value, bias, found, *_, shared_storage_dqdkdv):
+        assert shared_storage_dqdkdv
+        with torch.enable_grad():
+            given = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            gradients = torch.autograd.grad(self.attend(*given, bias), given, gradient)
+        return *torch.stack(gradients, dim=2).unbind(2), None
+
+
+def test_the_way_to_a_gpu_s_kernel_and_back(monkeypatch):
+    """Tokens are moved to the places of clips that are longer than any, and gradients back."""
+    monkeypatch.setattr(text_model, "_is_fused", lambda heads: True)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", Kernel().forward)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", Kernel().backward)
+    model, given = encoder(), tokens()
+    expected, expected_gradients = gradients(model, given, None)
+    found, found_gradients = gradients(model, given, rows_of(given[1], 4))
+    torch.testing.assert_close(found[given[1].bool()], expected[given[1].bool()], atol=1e-6, rtol=0)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)

@@ -142,9 +142,8 @@ class _Packing:
         length = -(-longest // 8) * 8
         at = self.rows // longest * length + self.rows % longest
         token = at.new_zeros(clips * length).index_copy_(0, at, torch.arange(tokens, device=at.device))
-        empty = torch.ones_like(token, dtype=torch.bool).index_fill_(0, at, False)
         sees = nn.functional.pad(self.mask, (0, length - longest))
-        return _Wide(at, token, empty, torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf))
+        return _Wide(at, token, torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf))
 
 
 class _Wide(NamedTuple):
@@ -154,8 +153,6 @@ class _Wide(NamedTuple):
     """(T) each token's place in the flattened (B·W)"""
     token: Tensor
     """(B·W) the token at each place, anyone's where there is none"""
-    empty: Tensor
-    """(B·W) where there is none"""
     bias: Tensor
     """(B, W) added to what a query thinks of each key: 0, and −∞ where the key is padding"""
 
@@ -164,41 +161,35 @@ class _FusedAttention(torch.autograd.Function):
     """Attention (T, H, d) of packed query, key and value, (T, 3, H, d) in one, by a GPU's kernel for padded clips.
 
     It has one for packed ones, whose dropout is wrong: forward it drops the same in all clips and heads, and backward
-    something else (seen with torch 2.11). All moves are gathers, both ways, since no token goes to two places.
+    something else (seen with torch 2.11).
     """
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, wide: _Wide, dropout: float) -> Tensor:
-        ctx.wide, ctx.dropout = wide, dropout
+        clips, length = wide.bias.shape
+        parts = heads.index_select(0, wide.token).unflatten(0, (clips, length)).unbind(2)
+        bias = wide.bias[:, None, None].expand(-1, heads.shape[2], length, -1)
         found, sums, *drawn, _, _ = torch.ops.aten._efficient_attention_forward(
-            *_FusedAttention.given(heads, wide), *[None] * 4, dropout, 0, ctx.needs_input_grad[0]
+            *parts, bias, *[None] * 4, dropout, 0, ctx.needs_input_grad[0]
         )
-        ctx.save_for_backward(heads, found, sums, *drawn)
+        ctx.save_for_backward(wide.at, *parts, bias, found, sums, *drawn)
+        ctx.dropout = dropout
         return found.flatten(0, 1).index_select(0, wide.at)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (heads, found, sums, *drawn), wide = ctx.saved_tensors, ctx.wide
-        of_places = gradient.index_select(0, wide.token).masked_fill_(wide.empty[:, None, None], 0.0)
-        length = found.shape[1]
+        at, *given, found, sums, seed, offset = ctx.saved_tensors
+        clips, length, count, width = found.shape
+        spread = gradient.new_zeros(clips * length, count, width).index_copy_(0, at, gradient)
         query, *_ = torch.ops.aten._efficient_attention_backward(
-            of_places.view_as(found),
-            *_FusedAttention.given(heads, wide),
-            *(found, None, None, length, length, sums, ctx.dropout, *drawn, 0, False),
+            spread.view_as(found),
+            *given,
+            *(found, None, None, length, length, sums, ctx.dropout, seed, offset, 0, False),
             shared_storage_dqdkdv=True,
         )
         # That of the query is the first third of a tensor (B, W, 3, H, d).
-        _, count, width = parts = heads.shape[1:]
-        strides = (parts.numel(), count * width, width, 1)
-        whole = query.as_strided((len(wide.token), *parts), strides)
-        return whole.index_select(0, wide.at), None, None
-
-    @staticmethod
-    def given(heads: Tensor, wide: _Wide) -> tuple[Tensor, ...]:
-        """Return query, key and value of all places, (B, W, H, d) each, and the bias (B, H, W, W)."""
-        clips, length = wide.bias.shape
-        parts = heads.index_select(0, wide.token).unflatten(0, (clips, length)).unbind(2)
-        return *parts, wide.bias[:, None, None].expand(-1, heads.shape[2], length, -1)
+        size, strides = (clips * length, 3, count, width), (3 * count * width, count * width, width, 1)
+        return query.as_strided(size, strides).index_select(0, at), None, None
 
 
 def _is_fused(heads: Tensor) -> bool:

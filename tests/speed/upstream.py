@@ -21,6 +21,7 @@ from MMSA.utils import setup_seed
 
 from registry.data.text import find_text_encoder
 
+from .machine import synchronise
 from .ours import METRICS, preset
 
 _NOT_ITS_KEYS = ("tail", "exclude_zero")
@@ -55,8 +56,7 @@ class _Clock:
         self.validations: list[float] = []
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(self.device.type)
         return time.perf_counter()
 
     def seconds(self) -> tuple[list[float], list[float]]:
