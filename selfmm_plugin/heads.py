@@ -23,3 +23,12 @@ class PredictionHead(nn.Module):
         """Return the prediction (B) and the representation (B, hidden)."""
         representation = relu(self.layer_1(self.dropout(features)))
         return self.layer_3(relu(self.layer_2(representation))).squeeze(-1), representation
+
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+
+
+def module_key(name: str) -> str:
+    """Return a task's key in an `nn.ModuleDict`, which takes neither dots nor names of its own, such as `type`."""
+    key = name.replace(".", "·")
+    return f"{key}·" if key in _TAKEN else key

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from registry import Batch, Config, FusionOutput, InputError, TrainingData, TrainingHook
 
-from .heads import PredictionHead
-from .ulgm import (
+from .heads import PredictionHead, module_key
+from .parts import (
     Bound,
     Centers,
     Combination,
@@ -28,12 +28,11 @@ from .ulgm import (
     Membership,
     Momentum,
     Relative,
-    UnimodalLabelGenerator,
     Weighting,
     growing_momentum,
-    module_key,
     ratio_and_difference,
 )
+from .ulgm import UnimodalLabelGenerator
 
 TASKS = {"text": "T", "audio": "A", "vision": "V"}
 

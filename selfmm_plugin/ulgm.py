@@ -13,147 +13,43 @@ only callables of users are called task by task. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-8
+from .parts import (
+    BOUNDS,
+    CENTERS,
+    DISTANCES,
+    MEMBERSHIPS,
+    RELATIVES,
+    WEIGHTINGS,
+    WITHOUT_BETWEEN,
+    Bound,
+    Centers,
+    Combination,
+    Distance,
+    Membership,
+    Momentum,
+    Relative,
+    Weighting,
+    by_task,
+    growing_momentum,
+    moving_average,
+    newest,
+    part_of,
+    ratio_and_difference,
+)
+
 LARGEST = 1e15
 """Features above it count as missing: neither their squares nor their sums overflow below."""
 LIMIT, COUNTS, STORED, LABEL = 0, -3, -2, -1
 """Columns before and behind the features of a clip in `UnimodalLabelGenerator.clips`."""
-
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""From features (B, d) and one class centre (d) to distances (B)."""
-Membership = Callable[[Tensor, Tensor], Tensor]
-"""From a task's labels as they stand and the human multimodal ones, (N) each, to those (N) whose sign is the class."""
-Centers = Callable[[Tensor, Tensor], Tensor]
-"""From the centres as they stand and the means of the classes, (2, d) each, positive first, to new centres (2, d)."""
-Relative = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From distances (B) to the positive and (B) to the negative centre and the one () between them to δ (B)."""
-Combination = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From δ of a modality (B), δ of the fusion task (B) and human labels (B) to proposed labels (B)."""
-Bound = Callable[[Tensor, float], Tensor]
-"""From proposed labels (B) and the label range to labels (B) within it."""
-Momentum = Callable[[Any], Any]
-"""From the epoch, 2 or later, to the share of the old label in the new one, 0 to 1. If `update` gets the epoch as a
-tensor, so does this, also in epoch 1, and it may return one."""
-Weighting = Callable[[Tensor], Tensor]
-"""From |unimodal − multimodal label| (B) to weights (B)."""
-
-
-def _l2(features: Tensor, center: Tensor, width: Tensor | None = None) -> Tensor:
-    return (features - center).norm(dim=-1)
-
-
-def _squared(features: Tensor, center: Tensor, width: Tensor | None = None) -> Tensor:
-    return (features - center).square().sum(-1) / (features.shape[-1] if width is None else width) ** 0.5
-
-
-def _cosine(features: Tensor, center: Tensor, width: Tensor | None = None) -> Tensor:
-    similarity = torch.cosine_similarity(features, center, dim=-1)
-    return (1 - similarity).clamp(min=0)  # rounding must not turn the sign of what is divided by it
-
-
-def _by_own_label(own: Tensor, multimodal: Tensor) -> Tensor:
-    return own
-
-
-def _by_multimodal_label(own: Tensor, multimodal: Tensor) -> Tensor:
-    return multimodal
-
-
-def _newest(centers: Tensor, means: Tensor) -> Tensor:
-    return means
-
-
-def _moving_average(centers: Tensor, means: Tensor, decay: float) -> Tensor:
-    return decay * centers + (1 - decay) * means
-
-
-def _to_positive(to_positive: Tensor, to_negative: Tensor, between: Tensor) -> Tensor:
-    return (to_negative - to_positive) / (to_positive + EPSILON)
-
-
-def _to_centers(to_positive: Tensor, to_negative: Tensor, between: Tensor) -> Tensor:
-    return (to_negative - to_positive) / (between + EPSILON)
-
-
-def _plain_difference(to_positive: Tensor, to_negative: Tensor, between: Tensor) -> Tensor:
-    return to_negative - to_positive
-
-
-def ratio_and_difference(relative: Tensor, relative_of_fusion: Tensor, multimodal: Tensor) -> Tensor:
-    """Return the proposal (B) of the paper: half by the ratio δ_s / δ_f, half by the difference δ_s − δ_f.
-
-    Not finite where δ_f is −1e-8.
-    """
-    ratio = relative / (relative_of_fusion + EPSILON)
-    # ½ · (ratio · y + y) + ½ · (δ_s − δ_f)
-    return torch.addcmul(multimodal, ratio, multimodal).lerp(relative - relative_of_fusion, 0.5)
-
-
-def _clamp(proposal: Tensor, label_range: float) -> Tensor:
-    return proposal.clamp(-label_range, label_range)
-
-
-def _tanh(proposal: Tensor, label_range: float) -> Tensor:
-    return label_range * torch.tanh(proposal / label_range)
-
-
-def growing_momentum(epoch: Any) -> Any:
-    """Return (n − 1)/(n + 1), the paper's share of the old label in epoch n."""
-    return (epoch - 1) / (epoch + 1)
-
-
-DISTANCES: dict[str, Distance] = {"l2": _l2, "squared": _squared, "cosine": _cosine}
-MEMBERSHIPS: dict[str, Membership] = {"own": _by_own_label, "fusion": _by_multimodal_label}
-CENTERS: dict[str, Callable[..., Tensor]] = {"step": _newest, "epoch": _newest, "ema": _moving_average}
-RELATIVES: dict[str, Relative] = {"positive": _to_positive, "centers": _to_centers, "difference": _plain_difference}
-BOUNDS: dict[str, Bound] = {"clamp": _clamp, "tanh": _tanh}
-WEIGHTINGS: dict[str, Weighting] = {"tanh": torch.tanh, "relu": torch.relu, "ones": torch.ones_like}
-_WITHOUT_BETWEEN = (_to_positive, _plain_difference)
-"""What does not ask for the distance between the centres."""
-_FOR_ALL_TASKS: tuple[Callable[..., Tensor], ...] = (
-    ratio_and_difference,
-    *(part for table in (MEMBERSHIPS, RELATIVES, BOUNDS, WEIGHTINGS) for part in table.values()),
-)
-
-
-def _part(name: str, value: Any, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    if callable(value):
-        return value
-    if not isinstance(value, str) or value not in table:
-        names = f" or one of {', '.join(table)}" if table else ""
-        raise ValueError(f"{name} must be a callable{names}, got {value!r}")
-    return table[value]
-
-
-_TAKEN = frozenset(dir(nn.ModuleDict()))
-
-
-def module_key(name: str) -> str:
-    """Return a task's key in an `nn.ModuleDict`, which takes neither dots nor names of its own, such as `type`."""
-    key = name.replace(".", "·")
-    return f"{key}·" if key in _TAKEN else key
-
-
-def _by_task(part: Callable[..., Tensor], *given: Any, skip: int = 0) -> Tensor:
-    """Return what a part makes of columns (…, T), one for each task or one for all.
-
-    A part of this module takes all columns at once. What a user passes is called task by task; for the first `skip`
-    tasks, which it is not for, the first of `given` stands instead.
-    """
-    if part in _FOR_ALL_TASKS:
-        return part(*given)
-    n = given[0].shape[-1]
-    columns = [x.expand(*x.shape[:-1], n).unbind(-1) if isinstance(x, Tensor) else [x] * n for x in given]
-    return torch.stack([x[0] if task < skip else part(*x) for task, x in enumerate(zip(*columns, strict=True))], -1)
 
 
 class TaskMemory(NamedTuple):
@@ -204,7 +100,7 @@ class UnimodalLabelGenerator(nn.Module):
         momentum: the share of the old label in epoch n.
         weighting: `"tanh"` (tanh|y_s − y|), `"relu"` (|y_s − y| itself), or `"ones"`.
 
-    Each part from `distance` on, `center_decay` aside, may be a callable; this module's type of its name says of what.
+    Each part from `distance` on, `center_decay` aside, may be a callable; its type in `parts.py` says of what.
 
     Raises:
         ValueError: labels are not a finite (N) tensor, `"fusion"` is missing, `known` does not fit, or there is no part
@@ -260,16 +156,16 @@ class UnimodalLabelGenerator(nn.Module):
                 raise ValueError(f"known[{name!r}] must be a modality with finite labels of shape {shape}")
         self.label_range = float(label_range)
         self.exclude_zero = exclude_zero
-        moving_average = partial(_moving_average, decay=center_decay)
-        self.distance: Distance = _part("distance", distance, DISTANCES)
-        self.membership: Membership = _part("membership", membership, MEMBERSHIPS)
-        self.center_rule: Centers = _part("centers", centers, {**CENTERS, "ema": moving_average})
+        self.distance: Distance = part_of("distance", distance, DISTANCES)
+        self.membership: Membership = part_of("membership", membership, MEMBERSHIPS)
+        rules: dict[str, Centers] = {**CENTERS, "ema": partial(moving_average, decay=center_decay)}
+        self.center_rule: Centers = part_of("centers", centers, rules)
         self.once_an_epoch = centers == "epoch"
-        self.relative: Relative = _part("relative", relative, RELATIVES)
-        self.combination: Combination = _part("combination", combination, {})
-        self.bound: Bound = _part("bound", bound, BOUNDS)
-        self.momentum: Momentum = _part("momentum", momentum, {})
-        self.weighting: Weighting = _part("weighting", weighting, WEIGHTINGS)
+        self.relative: Relative = part_of("relative", relative, RELATIVES)
+        self.combination: Combination = part_of("combination", combination, {})
+        self.bound: Bound = part_of("bound", bound, BOUNDS)
+        self.momentum: Momentum = part_of("momentum", momentum, {})
+        self.weighting: Weighting = part_of("weighting", weighting, WEIGHTINGS)
         self.modalities = tuple(name for name in feature_dims if name != "fusion")
         self.tasks = ("fusion", *self.modalities)
         self.dims = [feature_dims[name] for name in self.tasks]
@@ -321,7 +217,7 @@ class UnimodalLabelGenerator(nn.Module):
         index = torch.as_tensor(index, device=self.clips.device)
         rows = self.clips[index]
         labels = rows[..., LABEL]
-        weights = _by_task(self.weighting, (labels - labels[:, :1]).abs(), skip=1)
+        weights = by_task(self.weighting, (labels - labels[:, :1]).abs(), skip=1)
         return labels, weights.masked_fill_(rows[..., LIMIT] == 0, 1.0)
 
     @torch.no_grad()
@@ -403,9 +299,9 @@ class UnimodalLabelGenerator(nn.Module):
                 raise ValueError(f"momentum must give a share from 0 to 1, got {share} for epoch {epoch}")
         labels, limit = old[..., LABEL], old[..., LIMIT]
         relative = self._relative_distances(new[..., :COUNTS])
-        proposal = _by_task(self.combination, relative, relative[:, :1], labels[:, :1], skip=1)
+        proposal = by_task(self.combination, relative, relative[:, :1], labels[:, :1], skip=1)
         # share · old + (1 − share) · bounded proposal, never beyond both by rounding
-        moved = _by_task(self.bound, proposal, self.label_range, skip=1).lerp(labels, share)
+        moved = by_task(self.bound, proposal, self.label_range, skip=1).lerp(labels, share)
         ready = self.has_center.all(-1)
         if isinstance(epoch, Tensor):
             ready = ready & (epoch > 1)
@@ -417,9 +313,9 @@ class UnimodalLabelGenerator(nn.Module):
         """Return for padded features (B, T, D) how much nearer the positive centre is than the negative one (B, T)."""
         to_positive, to_negative = self._distances(features).unbind(-1)
         between = None
-        if self.relative not in _WITHOUT_BETWEEN:
+        if self.relative not in WITHOUT_BETWEEN:
             between = self._distances(self.class_centers[None, :, 0])[0, :, 1]
-        return _by_task(self.relative, to_positive, to_negative, between)
+        return by_task(self.relative, to_positive, to_negative, between)
 
     def _distances(self, features: Tensor) -> Tensor:
         """Return for padded features (B, T, D) the distances to the positive and to the negative centre (B, T, 2)."""
@@ -434,7 +330,7 @@ class UnimodalLabelGenerator(nn.Module):
     def _refresh_centers(self) -> None:
         """Take the class means of all stored features as new centres, by the rule for them."""
         labels = self.clips[..., LABEL]
-        deciding = _by_task(self.membership, labels, labels[:, :1]).to(labels.dtype).expand_as(labels)
+        deciding = by_task(self.membership, labels, labels[:, :1]).to(labels.dtype).expand_as(labels)
         classes = torch.heaviside(deciding[..., None] * self.sides, self.classes_of_zero)
         # One matrix product takes the classes of each task with the rows of each, and its diagonal is what is wanted: a
         # GPU spreads one over clips, and reads them once, however few rows come out.
@@ -443,7 +339,7 @@ class UnimodalLabelGenerator(nn.Module):
         sums = sums.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         counts = sums[..., COUNTS]
         centers = sums[..., 1:COUNTS] / counts[..., None]
-        if self.center_rule is _newest:
+        if self.center_rule is newest:
             torch.gt(counts, 0, out=self.has_center)
         else:
             centers = self._by_rule(centers.masked_fill_(counts[..., None] == 0, 0.0))

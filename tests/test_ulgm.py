@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from registry import DataInfo, TrainingData
-from selfmm_plugin.supervision import UlgmConfig, UlgmHook, UnimodalSupervision
-from selfmm_plugin.ulgm import (
+from selfmm_plugin.parts import (
     BOUNDS,
     CENTERS,
     DISTANCES,
     MEMBERSHIPS,
     RELATIVES,
     WEIGHTINGS,
-    UnimodalLabelGenerator,
     growing_momentum,
     ratio_and_difference,
 )
+from selfmm_plugin.supervision import UlgmConfig, UlgmHook, UnimodalSupervision
+from selfmm_plugin.ulgm import UnimodalLabelGenerator
 
 LABELS = torch.tensor([2.0, 1.0, -1.0, -2.0, 0.0])
 ALL = torch.arange(5)
