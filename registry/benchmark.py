@@ -11,11 +11,10 @@ import operator
 import os
 import re
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from .contract import TrainingData, TrainingHook
 from .data.batches import Split, predict
 from .data.text_model import set_precision
 from .errors import BenchmarkError, InputError, RunFailed, one_line
-from .jobs import PRECISIONS, Job, Plan, make_plan
+from .isolation import isolated
+from .jobs import PRECISIONS, Job, make_plan
 from .labels import generated_in_vain
 from .metrics import regression
 from .plugins import NAME
 from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
-from .training import Epoch, Watcher, text_sums, training
-from .turns import Turns, room_on_gpu
+from .training import Epoch, Watcher, text_sums, train
 
 FAILED_LOG = ".failed.log"
 
@@ -125,7 +124,7 @@ def run(
         dataset: a registered name; `"custom"` for any file in the same layout, with `label_range`.
         data: the feature file; the dataset `"demo"` needs none.
         text_encoder: `"minilm"`, a hub name or a folder; the dataset's own by default.
-        seeds: one run each; on a GPU several at once, as far as its memory goes, each with the numbers it has alone.
+        seeds: one run each.
         preset: published hyper-parameters to start from; the model's first by default.
         config: keys that override the preset and `config_file`.
         config_file: a JSON or TOML file of keys, or a run's `config.json`.
@@ -169,65 +168,42 @@ def run(
     wanted = [folder / str(seed) for seed in seeds]
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
+    done: list[SeedRun] = []
+    protocol = job.protocol()
     kept = [seed for seed, fault in zip(seeds, faults.values(), strict=True) if fault is None and not force]
     if kept:
         watcher.note(_kept_note(kept, folder, plan.sources))
     for target, fault in faults.items():
         if fault and target.exists() and not force:
             watcher.note(f"{target} is trained again: {fault}")
-    done = {seed: _finished_seed(folder / str(seed), seed, plan, watcher) for seed in kept}
-    to_train = [seed for seed in seeds if seed not in done]
-    at_once = place.type == "cuda" and graph and len(to_train) > 1
-    turns = Turns(place, precision, room_on_gpu(place) if at_once else None)
-    splits = cache(lambda: {name: job.split(name, place) for name in job.file.splits})  # type: ignore[union-attr]
-    histories: dict[int, list[Epoch]] = {seed: [] for seed in to_train}
-    trainings = {
-        seed: _train_seed(
-            job,
-            seed,
-            splits,
-            place,
-            folder / str(seed),
-            watcher.beside("") if at_once else watcher,
-            f"{number} of {len(seeds)}",
-            histories[seed],
-            graph,
-            lambda: len(turns.live),
-            force,
-        )
-        for number, seed in enumerate(seeds, 1)
-        if seed in to_train
-    }
-    for seed, error in turns.go(trainings):
+    for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
-        if error is not None:  # the model's, mostly; other seeds may do better
-            if isinstance(error, InputError) and not done and not histories[seed]:
-                raise error
-            reason = _reason(error)
-            _write_failure(log, [" ".join(reason.split()), *map(str, histories[seed])], error)
-            watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
-            done[seed] = SeedRun(seed, "failed", reason, None, {}, None)
-        else:
-            with suppress(OSError):
-                log.unlink()
-            done[seed] = _finished_seed(target, seed, plan, watcher)
-    ok = [run.folder for seed in seeds if (run := done[seed]).folder is not None]
-    protocol = load_run(ok[-1]).summary.get("protocol") if ok else None
-    return Result(plan.name, plan.dataset.name, [done[seed] for seed in seeds], folder, protocol or job.protocol())
-
-
-def _finished_seed(target: Path, seed: int, plan: Plan, watcher: Watcher) -> SeedRun:
-    """Return a seed that is finished, and say what should be known of it."""
-    saved = load_run(target)
-    if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
-        best = f"its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
-        watcher.note(f"{plan.name}, seed {seed}: {best}")
-    if generated_in_vain(saved):
-        watcher.note(
-            f"{plan.name}, seed {seed}: its best epoch, {saved.best_epoch}, had seen human labels only; "
-            "no generated one had moved before it"
-        )
-    return SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder)
+        if force or not finished(target):  # perhaps by another process, meanwhile
+            history: list[Epoch] = []
+            try:
+                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, graph)
+            except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
+                if isinstance(error, InputError) and not done and not history:
+                    raise
+                reason = _reason(error)
+                _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
+                watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
+                done.append(SeedRun(seed, "failed", reason, None, {}, None))
+                continue
+        with suppress(OSError):
+            log.unlink()
+        saved = load_run(target)
+        if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
+            best = f"its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
+            watcher.note(f"{plan.name}, seed {seed}: {best}")
+        if generated_in_vain(saved):
+            watcher.note(
+                f"{plan.name}, seed {seed}: its best epoch, {saved.best_epoch}, had seen human labels only; "
+                "no generated one had moved before it"
+            )
+        done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
+        protocol = saved.summary.get("protocol", protocol)
+    return Result(plan.name, plan.dataset.name, done, folder, protocol)
 
 
 def _kept_note(seeds: Sequence[int], folder: Path, sources: Mapping[str, str]) -> str:
@@ -303,50 +279,43 @@ def checked_seeds(seeds: Sequence[int]) -> list[int]:
 def _train_seed(
     job: Job,
     seed: int,
-    splits: Callable[[], Mapping[str, Split]],
     device: torch.device,
     folder: Path,
     watcher: Watcher,
     number: str,
     history: list[Epoch],
     graph: bool,
-    beside: Callable[[], int],
-    force: bool,
-) -> Generator[int, None, None]:
-    """Train one seed and write its folder, step by step as `training`."""
+) -> None:
+    """Train one seed and write its folder."""
     assert job.file is not None
-    if finished(folder) and not force:  # by another process, meanwhile
-        return
-    started, plan, data = datetime.now(timezone.utc), job.plan, splits()
-    # Copies: model and hooks may do with them what they like.
-    model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
-    copies = {task: values.clone() for task, values in data["train"].labels.items()}
-    labels = TrainingData(copies, replace(job.info))
-    hooks: dict[str, TrainingHook] = {
-        hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
-        for hook in plan.hooks
-    }
-    require_writable(folder.parent)
-    set_precision(model, job.precision)
-    before = text_sums(model)
-    watcher.start(seed, number, plan.config.model)
-    try:
-        outcome = yield from training(
+    started, plan = datetime.now(timezone.utc), job.plan
+    with isolated(seed, device, job.precision):
+        splits = {name: job.split(name, device) for name in job.file.splits}
+        # Copies: model and hooks may do with them what they like.
+        model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
+        copies = {task: values.clone() for task, values in splits["train"].labels.items()}
+        labels = TrainingData(copies, replace(job.info))
+        hooks: dict[str, TrainingHook] = {
+            hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
+            for hook in plan.hooks
+        }
+        require_writable(folder.parent)
+        set_precision(model, job.precision)
+        before = text_sums(model)
+        watcher.start(seed, number, plan.config.model)
+        outcome = train(
             model,
             hooks,
             plan.config.model,
-            data,
+            splits,
             per_sample=plan.spec.per_sample,
             generator=torch.Generator().manual_seed(seed),
             watcher=watcher,
             history=history,
             graph=graph,
-            beside=beside,
         )
-        metrics, predictions = evaluate(model, job, data["test"])
+        metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)
-    finally:
-        watcher.end()
     summary = {
         "metrics": metrics,
         "best_epoch": outcome.best_epoch,

@@ -109,11 +109,11 @@ class Batch:
     text_lengths: Tensor | None = None
     """(B) 1…Lt; None where a file has text features and does not say which tokens they are of"""
     audio: Tensor | None = None
-    """(B, La, da)"""
+    """(B, La, da), 0 behind each clip's end; a model that needs `"padding"` gets what the file has there"""
     audio_lengths: Tensor | None = None
     """(B) 1…La"""
     vision: Tensor | None = None
-    """(B, Lv, dv)"""
+    """(B, Lv, dv), likewise"""
     vision_lengths: Tensor | None = None
     """(B) 1…Lv"""
     labels: dict[str, Tensor] = field(default_factory=dict)

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +194,8 @@ class _Graph:
     def __init__(self, step: Step, batch: Batch, pool: Any) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in batch.tensors().items()}
         self._graph = torch.cuda.CUDAGraph()
-        # `torch.cuda.graph` would wait for all that the device has to do, of other trainings too.
-        with torch.cuda.stream(_capture_stream()):
-            self._graph.capture_begin(*([] if pool is None else [pool]))
-            try:
-                self._result = step(Batch.of(self._inputs))
-            finally:
-                self._graph.capture_end()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._result = step(Batch.of(self._inputs))
         self.pool = self._graph.pool()
 
     def replay(self, batch: Batch) -> Tensor:
@@ -209,8 +203,3 @@ class _Graph:
         torch._foreach_copy_(list(self._inputs.values()), [given[name] for name in self._inputs])
         self._graph.replay()
         return self._result
-
-
-@cache
-def _capture_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()

@@ -41,7 +41,8 @@ def at_once(jobs: int, work: Work, watcher: Watcher, before: Before) -> Iterator
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and the GPU's state
     progress = context.Queue()
     progress.cancel_join_thread()  # a process that was killed may hold its lock for ever
-    listener = Thread(target=_listen, args=(progress, watcher), daemon=True)
+    watchers = {name: watcher.beside(name) for name in work}
+    listener = Thread(target=_listen, args=(progress, watchers), daemon=True)
     listener.start()
     pool = ProcessPoolExecutor(jobs, context, _begin, (jobs, progress))
     try:
@@ -69,15 +70,12 @@ def at_once(jobs: int, work: Work, watcher: Watcher, before: Before) -> Iterator
         listener.join(timeout=5)
 
 
-def _listen(progress: Any, watcher: Watcher) -> None:
+def _listen(progress: Any, watchers: Mapping[str, Watcher]) -> None:
     """Pass on what the processes tell, until None comes."""
-    watchers: dict[tuple[str, int], Watcher] = {}
     while told := progress.get():
-        name, number, call, *what = told
+        name, call, *what = told
         with suppress(Exception):  # what is shown must not stop what is trained
-            if (name, number) not in watchers:
-                watchers[name, number] = watcher.beside(name)
-            getattr(watchers[name, number], call)(*what)
+            getattr(watchers[name], call)(*what)
 
 
 _progress: Any = None
@@ -128,18 +126,10 @@ def _train(name: str, options: dict[str, Any], watcher: Watcher) -> tuple[Row, b
 class _Teller(Watcher):
     """Sends progress to the parent process, and keeps notes and failures for the end."""
 
-    def __init__(self, name: str, number: int = 0) -> None:
+    def __init__(self, name: str) -> None:
         self.said: list[tuple[Any, ...]] = []
         self._name = name
-        self._number = number
-        self._others = 0
         self._last = 0.0
-
-    def beside(self, name: str) -> Watcher:
-        self._others += 1
-        told = _Teller(self._name, self._others)
-        told.said = self.said
-        return told
 
     def note(self, text: str) -> None:
         self.said.append(("note", text))
@@ -163,4 +153,4 @@ class _Teller(Watcher):
         self._send("end")
 
     def _send(self, *what: Any) -> None:
-        _progress.put((self._name, self._number, *what))
+        _progress.put((self._name, *what))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -65,11 +65,11 @@ class Watcher:
         """An epoch is trained and validated."""
 
     def beside(self, name: str) -> Watcher:
-        """Return what is told of one of several trainings at once: of models, by name, and of seeds, without one."""
+        """Return what is told of one of several models that are trained at once, in another thread."""
         return self
 
     def end(self) -> None:
-        """One of several trainings at once is done."""
+        """The last seed of one of several models is done."""
 
 
 def _warn(text: str) -> None:
@@ -119,17 +119,7 @@ def text_sums(model: nn.Module) -> Tensor:
     return torch.stack(sums) if sums else torch.empty(0)
 
 
-def train(*arguments: Any, **options: Any) -> Outcome:
-    """Go through `training`, with the same arguments."""
-    steps = training(*arguments, **options)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
-def training(
+def train(
     model: nn.Module,
     hooks: Mapping[str, TrainingHook],
     config: Training,
@@ -140,11 +130,8 @@ def training(
     watcher: Watcher | None = None,
     history: list[Epoch] | None = None,
     graph: bool = True,
-    beside: Callable[[], int] = lambda: 1,
-) -> Generator[int, None, Outcome]:
+) -> Outcome:
     """Train until the validation MAE has not improved for `config.early_stop` epochs, and keep the best weights.
-
-    It stops in every epoch where a GPU has got all steps and before it is waited for, and yields the epochs done.
 
     Args:
         model, hooks: on the device of the splits.
@@ -155,7 +142,6 @@ def training(
         watcher: is told of steps and epochs.
         history: gets every epoch, for a training that may end by an exception.
         graph: whether steps on a GPU are recorded as CUDA graphs where they can be.
-        beside: how many trainings take turns at present; each is said to take its share of the seconds that pass.
 
     Raises:
         RunFailed: a loss or the validation MAE is not finite.
@@ -191,7 +177,6 @@ def training(
         for number, group in enumerate(epoch_groups, 1):
             total += step_of_group(group, epoch if recorder is None or recorder.fault else counted)
             watcher.step(epoch, number, len(epoch_groups))
-        yield epoch - 1
         for hook in hooks.values():
             hook.end_epoch(epoch)
         train_loss = float(total) / sum(len(group.micro_batches) for group in epoch_groups)
@@ -206,8 +191,7 @@ def training(
             best_mae, outcome.best_epoch = valid_mae, epoch
             best_weights = {name: _copy(module.state_dict()) for name, module in modules.items()}
         validated = time.perf_counter()
-        seconds = [(end - start) / beside() for start, end in pairwise([started, trained, validated])]
-        record = Epoch(epoch, train_loss, valid_mae, better, *seconds)
+        record = Epoch(epoch, train_loss, valid_mae, better, trained - started, validated - trained)
         outcome.history.append(record)
         watcher.epoch(record)
     for name, module in modules.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from registry.data import text_model
-from registry.data.text_model import TextModel, set_precision
+from registry.data.text_model import TextModel, _Packing, set_precision
 from tests.helpers import TINY_BERT
 
 LENGTHS = (5, 9, 2, 7)
@@ -88,6 +91,78 @@ def test_the_way_to_a_gpu_s_kernel_and_back(monkeypatch):
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with something beside it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.base(values) + values.flip(-1)
+
+
+def test_adapters_and_hooks_of_query_key_and_value_count_for_packed_tokens_too():
+    model, given = encoder().eval(), tokens()
+    plain, attention = model(*given), model.model.encoder.layer[0].attention.self
+    attention.value = Adapted(attention.value)
+    attention.query.register_forward_hook(lambda module, inputs, output: 3 * output)
+    expected, real = model(*given), given[1].bool()
+    assert (expected - plain)[real].abs().max() > 1e-2
+    torch.testing.assert_close(model(*given, rows_of(given[1]))[real], expected[real], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_reads_packed_tokens_with_its_own_weights(copied):
+    model, given = encoder().eval(), tokens()
+    rows = rows_of(given[1])
+    expected, other = model(*given, rows), copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other.can_pack
+    assert torch.equal(other(*given, rows), expected)
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_model_goes_when_nobody_has_it():
+    """On a GPU the memory of its weights waits for nothing."""
+    model = encoder()
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    gc.disable()
+    try:
+        del model
+        assert not any(ref() is not None for ref in weights)
+    finally:
+        gc.enable()
+
+
+def slopes_with_dropout(heads: Tensor, packing: _Packing) -> tuple[float, float]:
+    """Return the slope of a sum of what is attended to along a direction, by its gradient and by two values.
+
+    The same elements are dropped each time.
+    """
+    direction, weights = torch.randn_like(heads), torch.randn_like(heads[:, 0])
+    weights *= (packing.mask.flatten()[packing.rows])[:, None, None]
+
+    def total(at: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return (packing.attend(at, 0.5) * weights).sum()
+
+    (gradient,) = torch.autograd.grad(total(heads.requires_grad_()), heads)
+    with torch.no_grad():
+        step = 0.01 * direction
+        return float((gradient * direction).sum()), float((total(heads + step) - total(heads - step)) / 0.02)
+
+
+def test_the_gradient_is_that_of_the_dropout_which_was_drawn():
+    _, mask, _ = tokens((5, 9, 2, 7, 8, 3))
+    rows = rows_of(mask, 4)
+    by_gradient, by_values = slopes_with_dropout(torch.randn(len(rows), 3, 2, 16).double(), _Packing(mask, rows))
+    assert by_gradient == pytest.approx(by_values, rel=1e-3, abs=1e-3)
+    assert abs(by_values) > 0.1
 
 
 def test_packed_tokens_keep_the_places_that_padding_on_the_left_gives_them():

@@ -139,7 +139,7 @@ class _Sequences:
     def of(cls, array: np.ndarray, lengths: np.ndarray, device: torch.device) -> _Sequences:
         """Return the sequences of an array (N, L, d); a GPU gets them without what is behind each clip's end."""
         n, longest, width = array.shape
-        if device.type == "cpu":  # as they are, perhaps in a file that is mapped
+        if device.type == "cpu" or lengths.min() == longest:  # as they are, perhaps in a file that is mapped
             row, starts = array.reshape(n * longest, width), np.arange(n) * longest
         else:
             row, starts = array[np.arange(longest) < lengths[:, None]], lengths.cumsum() - lengths

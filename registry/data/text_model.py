@@ -8,7 +8,8 @@ which tokens are of one clip.
 from __future__ import annotations
 
 import inspect
-from types import MethodType
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -199,20 +200,42 @@ def _is_fused(heads: Tensor) -> bool:
     return heads.is_cuda and wide and (has_bf16 or heads.dtype == torch.float32)
 
 
-def _attention(
-    module: Any, hidden_states: Tensor, *positional: Any, packing: _Packing | None = None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The forward of transformers' `BertSelfAttention`; for packed tokens (1, T, width) ours.
+@cache
+def _that_packs(kind: Any) -> Any:
+    """Return a kind of transformers' `BertSelfAttention` that also reads packed tokens (1, T, width)."""
 
-    One product makes query, key and value: three of a third of the width each would leave a GPU idle in between.
+    class ThatPacks(kind):
+        def forward(
+            self, hidden_states: Tensor, *positional: Any, packing: _Packing | None = None, **options: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            if packing is None:
+                return super().forward(hidden_states, *positional, **options)
+            heads = _heads(hidden_states.squeeze(0), (self.query, self.key, self.value))
+            heads = heads.unflatten(1, (3, self.num_attention_heads, -1))
+            found = packing.attend(heads, self.dropout.p if self.training else 0.0)
+            return found.flatten(1)[None], None
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _blank, (kind,), self.__dict__
+
+    return ThatPacks
+
+
+def _blank(kind: Any) -> nn.Module:
+    """Return what copying and unpickling fill."""
+    made = _that_packs(kind)
+    return made.__new__(made)
+
+
+def _heads(tokens: Tensor, parts: Sequence[nn.Module]) -> Tensor:
+    """Return query, key and value of tokens (T, width) in one (T, 3·width).
+
+    One product makes them: three of a third of the width each would leave a GPU idle in between.
     """
-    if packing is None:
-        return type(module).forward(module, hidden_states, *positional, **options)
-    parts = (module.query, module.key, module.value)
+    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return torch.cat([part(tokens) for part in parts], 1)  # adapters do more, and hooks want to be called
     weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
-    heads = linear(hidden_states.squeeze(0), weight, bias).unflatten(1, (3, module.num_attention_heads, -1))
-    found = packing.attend(heads, module.dropout.p if module.training else 0.0)
-    return found.flatten(1)[None], None
+    return linear(tokens, weight, bias)
 
 
 def _prepare(model: Any) -> bool:
@@ -223,5 +246,7 @@ def _prepare(model: Any) -> bool:
     if not known or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return False
     for layer in model.encoder.layer:
-        layer.attention.self.forward = MethodType(_attention, layer.attention.self)
+        attention: Any = layer.attention.self
+        kind: Any = type(attention)
+        attention.__class__ = _that_packs(kind)
     return True

@@ -122,11 +122,6 @@ def _print_seeds_to_table(case: measure.Case, options: argparse.Namespace, repor
     made = report["seeds_to_table"] = ours.seeds_to_table(*given, epochs=epochs, more=more)
     print(f"\n{made['command']}\n{made['printed']}")
     print(f"from the command to its table, five seeds of {epochs} epochs: {made['seconds']:.1f} s")
-    if case.device == "cuda":
-        extra = {"precision": options.precision[0]} if options.precision else {}
-        together, apart = (measure.alone(measure.time_seeds, case, epochs, extra, which) for which in (True, False))
-        report["seeds_seconds"] = {"at once": together, "one by one": apart}
-        print(f"the seeds at once: {together:.1f} s; one by one: {apart:.1f} s, {apart / together:.2f} times as long")
 
 
 def compare_quality(options: argparse.Namespace) -> None:

@@ -94,14 +94,6 @@ def time_steps_with_and_without_ulgm(case: Case, precision: str) -> tuple[float,
     return ours.steps_with_and_without_ulgm(precision, case.shape.dataset, case.data, case.encoder, case.device, runs)
 
 
-def time_seeds(case: Case, epochs: int, options: dict[str, Any], at_once: bool) -> float:
-    """Return the seconds of five seeds, at once or one by one; `options` are further arguments of `registry.run`."""
-    from . import ours
-
-    given = (case.shape.dataset, case.data, case.encoder, case.device, case.folder / "runs")
-    return ours.seeds_seconds(*given, epochs=epochs, at_once=at_once, **options)
-
-
 def _most(device: str, precision: str) -> dict[str, Any]:
     """Return the most bytes that tensors took on the GPU, and torch kept for them, and the device's peak arithmetic."""
     on_gpu = device == "cuda"

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 import registry
-from registry import benchmark, training
+from registry import training
 from registry.graphs import Recorder
 from selfmm_plugin import UnimodalLabelGenerator
 from selfmm_plugin.ulgm import LABEL
@@ -198,24 +197,3 @@ def seeds_to_table(
     if done.returncode:
         raise SystemExit(f"benchmark run failed: {done.stderr.strip()}")
     return {"command": " ".join(["benchmark", *arguments]), "seconds": seconds, "printed": done.stdout}
-
-
-def seeds_seconds(*given: Any, epochs: int, at_once: bool, **options: Any) -> float:
-    """Return the seconds that five seeds take in one call of `registry.run`: at once, on a GPU, or one by one.
-
-    Args:
-        given: `dataset` to `runs` of `train`.
-        epochs: that every seed trains.
-        at_once: whether several may train at a time.
-        options: more arguments of `registry.run`.
-    """
-    dataset, data, encoder, device, runs = given
-    named = {"data": data, "text_encoder": encoder, "device": device, "runs": runs, "force": True, **options}
-    config = {"epochs": epochs, "early_stop": epochs}
-    with warnings.catch_warnings(), ExitStack() as stack:
-        warnings.simplefilter("ignore")
-        if not at_once:
-            stack.enter_context(patch.object(benchmark, "room_on_gpu", lambda place: lambda: 1))
-        start = time.perf_counter()
-        registry.run("self_mm", dataset, seeds=range(1111, 1116), config=config, **named)
-        return time.perf_counter() - start
