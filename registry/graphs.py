@@ -26,7 +26,8 @@ from .contract import Batch
 from .errors import RunFailed
 
 MOST_GRAPHS = 64
-"""of one training; the oldest makes room"""
+"""of one training; a further one begins anew. They go together: torch from 2.12 on frees, with one, memory that cuBLAS
+uses in those recorded on the same stream (pytorch#193402)."""
 
 Step = Callable[[Batch], Tensor]
 
@@ -62,8 +63,8 @@ class Recorder:
             key: everything that the step depends on besides the batch.
         """
         key = (key, *((name, tuple(tensor.shape)) for name, tensor in batch.tensors().items()))
-        if graph := self._graphs.pop(key, None) or self._recorded(step, batch, key):
-            self._graphs[key] = graph  # the newest at the end
+        if graph := self._graphs.get(key) or self._recorded(step, batch, key):
+            self._graphs[key] = graph
             self.replayed += 1
             return graph.replay(batch)
         self.usual += 1
@@ -76,9 +77,8 @@ class Recorder:
     def begin_epoch(self) -> None:
         """Forget what was recorded if a model is another than it was then, but for its tensors' values."""
         if self._graphs and attributes_of(self._models) != self._attributes:
-            self._graphs.clear()
+            self._forget()
             self._seen.clear()
-            self._pool = None  # it went with the last of them
 
     def __str__(self) -> str:
         done = f"{self.replayed} of {self.replayed + self.usual} steps were replayed as CUDA graphs"
@@ -90,6 +90,8 @@ class Recorder:
         """Return the graph of a step that has been seen before, which has not run yet; None if there is to be none."""
         if self.fault is not None or key not in self._seen:
             return None
+        if len(self._graphs) == MOST_GRAPHS:
+            self._forget()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state, before = generator.graphsafe_get_state().clone_state(), host_state(self._modules)
         self._release()
@@ -106,9 +108,11 @@ class Recorder:
         self._pool = graph.pool
         if not self._graphs:
             self._attributes = attributes_of(self._models)
-        if len(self._graphs) == MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
         return graph
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._pool = None  # it goes with the last of them
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

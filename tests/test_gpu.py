@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import registry
-from registry import benchmark
+from registry import benchmark, graphs
 from registry.contract import Batch, ModelSpec
 from registry.data import batches
 from registry.data.batches import Split, predict
@@ -320,6 +320,18 @@ def test_replays_read_the_batch_they_are_given():
     found = [int(recorder(lambda batch: batch.index.sum(), batch, 0)) for batch in batches]
     assert (found, recorder.replayed) == ([0, 3, 6, 9, 12], 3)
     assert int(recorder(lambda batch: batch.index.sum(), clips(7), 0)) == 21
+
+
+def test_more_shapes_than_are_kept_are_recorded_anew(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    recorder, weight = recorder_of(), torch.randn(512, 512, device=CUDA)
+
+    def step(batch: Batch) -> torch.Tensor:
+        return (weight[batch.index] @ weight).sum()
+
+    for n in [4, 4, 4, 5, 5, 6, 6, 4, 5, 6, 4, 4]:
+        torch.testing.assert_close(recorder(step, clips(n), 0), step(clips(n)))
+    assert recorder.replayed > 6
 
 
 class Anneals(torch.nn.Module):
