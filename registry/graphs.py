@@ -26,7 +26,7 @@ from .contract import Batch
 from .errors import RunFailed
 
 MOST_GRAPHS = 64
-"""of one training; a further one begins anew. They go together: torch from 2.12 on frees, with one, memory that cuBLAS
+"""of one training; a further one begins anew. They go together: newer torch frees, with one, memory that cuBLAS
 uses in those recorded on the same stream (pytorch#193402)."""
 
 Step = Callable[[Batch], Tensor]
