@@ -65,7 +65,8 @@ class Split:
         self._varying = [name for name, of in self._lengths.items() if of.min() < self._whole[name]]
         self._real_tokens = None if tokens is None or not self.trims else tokens[:, 1].sum(axis=1)
         real = {name: self._lengths.get(name, np.full(len(self), self._whole[name])) for name in given}
-        self._home = _home([of.sum() * given[name][0, 0].nbytes for name, of in real.items()], device)
+        sizes = [of.sum() * given[name][0, 0].nbytes for name, of in real.items()]
+        self._home = _home(sizes if tokens is None else [*sizes, tokens.nbytes], device)
         self._tokens = None if tokens is None else _tensor(tokens).to(self._home)
         self._sequences = {name: _Sequences.of(array, real[name], self._home) for name, array in given.items()}
 
