@@ -472,7 +472,7 @@ def test_what_does_not_fit_stays_on_the_host_and_gives_the_same(still, monkeypat
 @pytest.mark.parametrize("width", [8, 32])
 @pytest.mark.parametrize("clips", [2, 16, 64])
 def test_packed_attention_is_that_of_padded_clips(dtype, width, clips):
-    """Also of fewer tokens than may be spare, and of heads too narrow for the fused kernel."""
+    """Also of fewer tokens than may be spare, and of narrow heads."""
     torch.manual_seed(0)
     config = transformers.BertConfig(**{**TINY_BERT, "hidden_size": width})
     model = TextModel(transformers.BertModel(config)).eval().cuda()
@@ -486,6 +486,25 @@ def test_packed_attention_is_that_of_padded_clips(dtype, width, clips):
         found = model(ids, mask, torch.zeros_like(ids), places)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=tolerance, rtol=0)
+
+
+def test_packed_tokens_under_autocast_are_near_those_without():
+    torch.manual_seed(0)
+    model = TextModel(transformers.BertModel(transformers.BertConfig(**TINY_BERT))).eval().cuda()
+    mask = (torch.arange(20) < torch.randint(2, 20, (16, 1))).long().cuda()
+    ids = torch.randint(1, 50, mask.shape, device=CUDA) * mask
+    places = (mask == 0).flatten().sort(stable=True).indices[: int(mask.sum()) + 1]
+    found = []
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            states = model(ids, mask, torch.zeros_like(ids), places)
+        states.square().sum().backward()
+        layer = model.model.encoder.layer[0]
+        found.append([states, layer.attention.self.value.weight.grad, layer.output.dense.bias.grad])
+    for alone, cast in zip(*found, strict=True):
+        assert cast.dtype == torch.float32
+        torch.testing.assert_close(cast, alone, atol=0.05 * float(alone.detach().abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

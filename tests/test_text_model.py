@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from registry.data import text_model
-from registry.data.text_model import TextModel, _Packing, set_precision
+from registry.data.text_model import TextModel, _Affine, _Packing, set_precision
 from tests.helpers import TINY_BERT
 
 LENGTHS = (5, 9, 2, 7)
@@ -58,39 +57,16 @@ def test_packed_tokens_give_what_padded_ones_give(spare):
         torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)
 
 
-class Kernel:
-    """What the GPU's kernels for padded clips compute, here without dropout."""
-
-    def attend(self, query, key, value, bias):
-        heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias).transpose(1, 2)
-
-    def forward(self, query, key, value, bias, *ends_and_lengths_and_dropout, **_):
-        *ends_and_lengths, dropout, mask_type, _ = ends_and_lengths_and_dropout
-        assert (ends_and_lengths, dropout, mask_type) == ([None] * 4, 0.0, 0)
-        nothing = torch.zeros(())
-        return self.attend(query, key, value, bias).contiguous(), nothing, nothing, nothing, 0, 0
-
-    def backward(self, gradient, query, key, value, bias, found, *_, shared_storage_dqdkdv):
-        assert shared_storage_dqdkdv
-        with torch.enable_grad():
-            given = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            gradients = torch.autograd.grad(self.attend(*given, bias), given, gradient)
-        return *torch.stack(gradients, dim=2).unbind(2), None
-
-
-def test_the_way_to_a_gpu_s_kernel_and_back(monkeypatch):
-    """Tokens are moved to the places of clips that are longer than any, and gradients back."""
-    monkeypatch.setattr(text_model, "_is_fused", lambda heads: True)
-    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", Kernel().forward)
-    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", Kernel().backward)
-    model, given = encoder(), tokens()
-    expected, expected_gradients = gradients(model, given, None)
-    found, found_gradients = gradients(model, given, rows_of(given[1], 4))
-    torch.testing.assert_close(found[given[1].bool()], expected[given[1].bool()], atol=1e-6, rtol=0)
-    assert found_gradients.keys() == expected_gradients.keys()
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)
+def test_a_clip_without_any_token_spoils_no_other():
+    model, (ids, mask, segments) = encoder(), tokens()
+    mask[1] = 0
+    rows = rows_of(mask, int((mask == 0).sum()))
+    found, gradient_of = gradients(model, (ids, mask, segments), rows)
+    assert found.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradient_of.values())
+    others = [0, *range(2, len(mask))]
+    alone = model(ids[others], mask[others], segments[others], rows_of(mask[others]))
+    torch.testing.assert_close(found[others], alone, atol=1e-6, rtol=0)
 
 
 class Adapted(torch.nn.Module):
@@ -139,17 +115,22 @@ def test_a_model_goes_when_nobody_has_it():
         gc.enable()
 
 
-def slopes_with_dropout(heads: Tensor, packing: _Packing) -> tuple[float, float]:
+def slopes_with_dropout(heads: Tensor, packing: _Packing, way: str = "attend") -> tuple[float, float]:
     """Return the slope of a sum of what is attended to along a direction, by its gradient and by two values.
 
     The same elements are dropped each time.
+
+    Args:
+        heads: (T, 3, H, d).
+        packing: of the same tokens.
+        way: the method of `packing` that attends.
     """
     direction, weights = torch.randn_like(heads), torch.randn_like(heads[:, 0])
     weights *= (packing.mask.flatten()[packing.rows])[:, None, None]
 
     def total(at: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return (packing.attend(at, 0.5) * weights).sum()
+        return (getattr(packing, way)(at, 0.5) * weights).sum()
 
     (gradient,) = torch.autograd.grad(total(heads.requires_grad_()), heads)
     with torch.no_grad():
@@ -157,12 +138,38 @@ def slopes_with_dropout(heads: Tensor, packing: _Packing) -> tuple[float, float]
         return float((gradient * direction).sum()), float((total(heads + step) - total(heads - step)) / 0.02)
 
 
-def test_the_gradient_is_that_of_the_dropout_which_was_drawn():
+@pytest.mark.parametrize("way", ["attend", "by_products"])
+def test_the_gradient_is_that_of_the_dropout_which_was_drawn(way):
     _, mask, _ = tokens((5, 9, 2, 7, 8, 3))
     rows = rows_of(mask, 4)
-    by_gradient, by_values = slopes_with_dropout(torch.randn(len(rows), 3, 2, 16).double(), _Packing(mask, rows))
+    by_gradient, by_values = slopes_with_dropout(torch.randn(len(rows), 3, 2, 16).double(), _Packing(mask, rows), way)
     assert by_gradient == pytest.approx(by_values, rel=1e-3, abs=1e-3)
     assert abs(by_values) > 0.1
+
+
+def test_attention_is_the_same_by_products():
+    """This is how a GPU does it."""
+    _, mask, _ = tokens((5, 9, 2, 7, 8, 3))
+    packing = _Packing(mask, rows_of(mask, 4))
+    heads = torch.randn(len(packing.rows), 3, 2, 16).double().requires_grad_()
+    weights = torch.randn(len(heads), 2, 16) * mask.flatten()[packing.rows][:, None, None]
+    found, expected = packing.by_products(heads, 0.0), packing.attend(heads, 0.0)
+    torch.testing.assert_close(found * weights, expected * weights)
+    slopes = [torch.autograd.grad((values * weights).sum(), heads)[0] for values in (found, expected)]
+    assert slopes[1].abs().mean() > 0.1
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
+def test_a_linear_layer_s_gradients_are_the_same_as_products(frozen):
+    given = [torch.randn(2, 7, 5), torch.randn(3, 5), torch.randn(3)]
+    given = [tensor.double().requires_grad_(number not in frozen) for number, tensor in enumerate(given)]
+    weights = torch.randn(2, 7, 3)
+    found, expected = _Affine.apply(*given), torch.nn.functional.linear(*given)
+    assert torch.equal(found, expected)
+    trained = [tensor for tensor in given if tensor.requires_grad]
+    slopes = [torch.autograd.grad((values * weights).sum(), trained) for values in (found, expected)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_packed_tokens_keep_the_places_that_padding_on_the_left_gives_them():

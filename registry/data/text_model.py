@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class _Packing:
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
         self.mask = mask.bool()
         self.rows = rows
-        self._wide: _Wide | None = None
+        self._places: _Places | None = None
 
     def spread(self, packed: Tensor) -> Tensor:
         """Return (B, L, …) of (T, …); what no row names is 0."""
@@ -128,76 +128,97 @@ class _Packing:
 
     def attend(self, heads: Tensor, dropout: float) -> Tensor:
         """Return the attention (T, H, d) within each clip, of query, key and value in one (T, 3, H, d)."""
-        if _is_fused(heads):
-            if self._wide is None:  # the first of the layers, which have one precision
-                self._wide = self._places(heads.dtype)
-            return _FusedAttention.apply(heads, self._wide, dropout)
+        if _is_on_gpu(heads):
+            return self.by_products(heads, dropout)
         query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads.unbind(1))
         each_sees = self.mask[:, None, None]
         found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
-    def _places(self, dtype: torch.dtype) -> _Wide:
-        """Return the places in clips that are as long as a GPU's attention wants them."""
+    def by_products(self, heads: Tensor, dropout: float) -> Tensor:
+        """Return the same, as a GPU is fast at it."""
+        if self._places is None:  # the first of the layers, which are alike
+            self._places = self._of_places(heads)
+        return _Attention.apply(heads, self._places, dropout)
+
+    def _of_places(self, heads: Tensor) -> _Places:
         (clips, longest), tokens = self.mask.shape, len(self.rows)
-        length = -(-longest // 8) * 8
-        at = self.rows // longest * length + self.rows % longest
-        token = at.new_zeros(clips * length).index_copy_(0, at, torch.arange(tokens, device=at.device))
-        sees = nn.functional.pad(self.mask, (0, length - longest))
-        return _Wide(at, token, torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf))
+        length = -(-longest // 8) * 8  # a GPU's products read 16 bytes at a time
+        at = self.rows % longest * clips + self.rows // longest
+        token = at.new_zeros(length * clips).index_copy_(0, at, torch.arange(tokens, device=at.device))
+        sees = nn.functional.pad(self.mask, (0, length - longest)).repeat_interleave(heads.shape[2], 0)
+        # Not -∞, of which a clip without any token would get no number at all.
+        bias = torch.zeros_like(sees, dtype=heads.dtype).masked_fill_(~sees, torch.finfo(heads.dtype).min)
+        return _Places(at, token, bias[:, None])
 
 
-class _Wide(NamedTuple):
-    """Clips as long as all of (B, W), for T packed tokens."""
+class _Places:
+    """Places of T packed tokens in B clips of the same length W.
 
-    at: Tensor
-    """(T) each token's place in the flattened (B·W)"""
-    token: Tensor
-    """(B·W) the token at each place, anyone's where there is none"""
-    bias: Tensor
-    """(B, W) added to what a query thinks of each key: 0, and −∞ where the key is padding"""
+    First come the clips' first places, then their second ones: so the rows of each clip and head have one distance
+    from each other, and those of the next clip and head one from them, which is what a batch of matrix products takes.
+
+    Args:
+        at: (T) each token's place in the flattened (W·B).
+        token: (W·B) the token at each place, anyone's where there is none.
+        bias: (B·H, 1, W) added to what a query thinks of each key: 0, and the least number where the key is padding.
+    """
+
+    def __init__(self, at: Tensor, token: Tensor, bias: Tensor) -> None:
+        self.at, self.token, self.bias = at, token, bias
+        third = torch.arange(3, device=at.device)
+        self._all_at = (at[:, None] + len(token) * third).flatten()
+        self._all_tokens = (3 * token + third[:, None]).flatten()
+
+    def of_clips(self, tensor: Tensor) -> Tensor:
+        """Return (B·H, W, d) of a tensor (W·B, H, d) of all places, the same memory."""
+        return tensor.view(self.bias.shape[2], -1, tensor.shape[2]).transpose(0, 1)
+
+    def spread(self, heads: Tensor) -> Tensor:
+        """Return (3, W·B, H, d) of packed query, key and value (T, 3, H, d)."""
+        return heads.flatten(0, 1).index_select(0, self._all_tokens).unflatten(0, (3, -1))
+
+    def gather(self, heads: Tensor) -> Tensor:
+        """Return (T, 3, H, d) of (3, W·B, H, d)."""
+        return heads.flatten(0, 1).index_select(0, self._all_at).unflatten(0, (-1, 3))
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Attention (T, H, d) of packed query, key and value, (T, 3, H, d) in one, by a GPU's kernel for padded clips.
+class _Attention(torch.autograd.Function):
+    """Attention (T, H, d) within clips, of packed query, key and value in one (T, 3, H, d).
 
-    It has one for packed ones, whose dropout is wrong: forward it drops the same in all clips and heads, and backward
-    something else (seen with torch 2.11).
+    As matrix products, which for clips of some fifty tokens are faster than a GPU's fused kernels: those compute
+    blocks of 64 × 64. Theirs for sequences of different lengths, which needs no places, drops the same in all clips
+    and heads forward, and something else backward (seen with torch 2.11).
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, wide: _Wide, dropout: float) -> Tensor:
-        clips, length = wide.bias.shape
-        parts = heads.index_select(0, wide.token).unflatten(0, (clips, length)).unbind(2)
-        bias = wide.bias[:, None, None].expand(-1, heads.shape[2], length, -1)
-        found, sums, *drawn, _, _ = torch.ops.aten._efficient_attention_forward(
-            *parts, bias, *[None] * 4, dropout, 0, ctx.needs_input_grad[0]
-        )
-        ctx.save_for_backward(wide.at, *parts, bias, found, sums, *drawn)
-        ctx.dropout = dropout
-        return found.flatten(0, 1).index_select(0, wide.at)
+    def forward(ctx: Any, heads: Tensor, places: _Places, dropout: float) -> Tensor:
+        query, key, value = map(places.of_clips, places.spread(heads))
+        weights = torch.baddbmm(places.bias, query, key.mT, alpha=heads.shape[3] ** -0.5).softmax(-1)
+        kept, drawn = torch.native_dropout(weights, dropout, True) if dropout else (weights, None)
+        found = heads.new_empty(len(places.token), *heads.shape[2:])
+        torch.bmm(kept, value, out=places.of_clips(found))
+        ctx.save_for_backward(query, key, value, weights, kept, drawn)
+        ctx.places, ctx.dropout = places, dropout
+        return found.index_select(0, places.at)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        at, *given, found, sums, seed, offset = ctx.saved_tensors
-        clips, length, count, width = found.shape
-        spread = gradient.new_zeros(clips * length, count, width).index_copy_(0, at, gradient)
-        query, *_ = torch.ops.aten._efficient_attention_backward(
-            spread.view_as(found),
-            *given,
-            *(found, None, None, length, length, sums, ctx.dropout, seed, offset, 0, False),
-            shared_storage_dqdkdv=True,
-        )
-        # That of the query is the first third of a tensor (B, W, 3, H, d).
-        size, strides = (clips * length, 3, count, width), (3 * count * width, count * width, width, 1)
-        return query.as_strided(size, strides).index_select(0, at), None, None
-
-
-def _is_fused(heads: Tensor) -> bool:
-    """Whether a GPU has a kernel for the attention of packed tokens (…, d): it reads 16 bytes at a time."""
-    wide = heads.shape[-1] * heads.element_size() % 16 == 0
-    has_bf16 = heads.is_cuda and torch.cuda.get_device_capability(heads.device) >= (8, 0)
-    return heads.is_cuda and wide and (has_bf16 or heads.dtype == torch.float32)
+        query, key, value, weights, kept, drawn = ctx.saved_tensors
+        places: _Places = ctx.places
+        spread = gradient.new_zeros(len(places.token), *gradient.shape[1:]).index_copy_(0, places.at, gradient)
+        given = places.of_clips(spread)
+        of_weights = torch.bmm(given, value.mT)
+        if drawn is not None:
+            of_weights = torch.ops.aten.native_dropout_backward(of_weights, drawn, 1 / (1 - ctx.dropout))
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        found = gradient.new_empty(3, *spread.shape)
+        of_query, of_key, of_value = map(places.of_clips, found)
+        scaled: dict[str, Any] = {"beta": 0, "alpha": gradient.shape[2] ** -0.5}
+        torch.baddbmm(of_query, of_scores, key, out=of_query, **scaled)
+        torch.baddbmm(of_key, of_scores.mT, query, out=of_key, **scaled)
+        torch.bmm(kept.mT, given, out=of_value)
+        return places.gather(found), None, None
 
 
 @cache
@@ -232,10 +253,48 @@ def _heads(tokens: Tensor, parts: Sequence[nn.Module]) -> Tensor:
 
     One product makes them: three of a third of the width each would leave a GPU idle in between.
     """
-    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
+    if any(type(part) is not _Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
         return torch.cat([part(tokens) for part in parts], 1)  # adapters do more, and hooks want to be called
     weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
-    return linear(tokens, weight, bias)
+    return _affine(tokens, weight, bias)
+
+
+class _Linear(nn.Linear):
+    """A linear layer with `_Affine`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return _affine(values, self.weight, self.bias)
+
+
+def _affine(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or not _is_on_gpu(values):
+        return linear(values, weight, bias)
+    return _Affine.apply(values, weight, bias)
+
+
+class _Affine(torch.autograd.Function):
+    """What `linear` gives for values (…, K). The gradient of the bias is a product too, faster on a GPU than a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        return linear(values, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        values, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        wanted = ctx.needs_input_grad
+        return (
+            gradient @ weight if wanted[0] else None,
+            rows.mT @ values.flatten(0, -2) if wanted[1] else None,
+            (rows.new_ones(1, len(rows)) @ rows).squeeze(0) if wanted[2] else None,
+        )
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    """Whether a GPU computes with a tensor, and in its own precision."""
+    return tensor.is_cuda and not torch.is_autocast_enabled("cuda")
 
 
 def _prepare(model: Any) -> bool:
@@ -246,6 +305,9 @@ def _prepare(model: Any) -> bool:
     if not known or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return False
     for layer in model.encoder.layer:
+        for module in layer.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _Linear
         attention: Any = layer.attention.self
         kind: Any = type(attention)
         attention.__class__ = _that_packs(kind)
