@@ -29,7 +29,7 @@ from selfmm_plugin.upstream import translate
 from tests.baselines import batch, configured, info
 from tests.helpers import TINY_BERT, feature_file, tiny_encoder
 from tests.test_golden import TRACES, Trace
-from tests.test_text_model import slopes_with_dropout
+from tests.test_text_model import slopes_with_dropout, under_autocast_near_without
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -489,22 +489,7 @@ def test_packed_attention_is_that_of_padded_clips(dtype, width, clips):
 
 
 def test_packed_tokens_under_autocast_are_near_those_without():
-    torch.manual_seed(0)
-    model = TextModel(transformers.BertModel(transformers.BertConfig(**TINY_BERT))).eval().cuda()
-    mask = (torch.arange(20) < torch.randint(2, 20, (16, 1))).long().cuda()
-    ids = torch.randint(1, 50, mask.shape, device=CUDA) * mask
-    places = (mask == 0).flatten().sort(stable=True).indices[: int(mask.sum()) + 1]
-    found = []
-    for autocast in (False, True):
-        model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            states = model(ids, mask, torch.zeros_like(ids), places)
-        states.square().sum().backward()
-        layer = model.model.encoder.layer[0]
-        found.append([states, layer.attention.self.value.weight.grad, layer.output.dense.bias.grad])
-    for alone, cast in zip(*found, strict=True):
-        assert cast.dtype == torch.float32
-        torch.testing.assert_close(cast, alone, atol=0.05 * float(alone.detach().abs().max()), rtol=0)
+    under_autocast_near_without("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,7 +38,7 @@ def encoder(**settings) -> TextModel:
 def gradients(model: TextModel, given, rows: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     states = model(*given, rows)
-    weights = torch.linspace(-1, 1, states.numel()).view_as(states) * given[1][:, :, None]
+    weights = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states) * given[1][:, :, None]
     (states * weights).sum().backward()
     return states.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -170,6 +170,25 @@ def test_a_linear_layer_s_gradients_are_the_same_as_products(frozen):
     trained = [tensor for tensor in given if tensor.requires_grad]
     slopes = [torch.autograd.grad((values * weights).sum(), trained) for values in (found, expected)]
     torch.testing.assert_close(*slopes)
+
+
+def under_autocast_near_without(device: str) -> None:
+    """Compare states and gradients of packed tokens; under autocast products are in bf16."""
+    model = encoder().to(device)
+    given = [tensor.to(device) for tensor in tokens()]
+    expected, expected_gradients = gradients(model, given, rows_of(given[1]))
+    with torch.autocast(device, torch.bfloat16):
+        found, found_gradients = gradients(model, given, rows_of(given[1]))
+    assert 0 < (found - expected).abs().max() < 0.05
+    name = "model.encoder.layer.0.attention.self.value.weight"
+    assert (
+        0 < (found_gradients[name] - expected_gradients[name]).abs().max() < 0.05 * expected_gradients[name].abs().max()
+    )
+    assert all(gradient.dtype == torch.float32 for gradient in found_gradients.values())
+
+
+def test_packed_tokens_under_autocast_are_near_those_without():
+    under_autocast_near_without("cpu")
 
 
 def test_packed_tokens_keep_the_places_that_padding_on_the_left_gives_them():

@@ -198,26 +198,30 @@ class _Attention(torch.autograd.Function):
         kept, drawn = torch.native_dropout(weights, dropout, True) if dropout else (weights, None)
         found = heads.new_empty(len(places.token), *heads.shape[2:])
         torch.bmm(kept, value, out=places.of_clips(found))
-        ctx.save_for_backward(query, key, value, weights, kept, drawn)
+        ctx.save_for_backward(query, key, value, weights, drawn)
         ctx.places, ctx.dropout = places, dropout
         return found.index_select(0, places.at)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        query, key, value, weights, kept, drawn = ctx.saved_tensors
+        query, key, value, weights, drawn = ctx.saved_tensors
         places: _Places = ctx.places
         spread = gradient.new_zeros(len(places.token), *gradient.shape[1:]).index_copy_(0, places.at, gradient)
         given = places.of_clips(spread)
-        of_weights = torch.bmm(given, value.mT)
-        if drawn is not None:
-            of_weights = torch.ops.aten.native_dropout_backward(of_weights, drawn, 1 / (1 - ctx.dropout))
+
+        def dropped(tensor: Tensor) -> Tensor:
+            if drawn is None:
+                return tensor
+            return torch.ops.aten.native_dropout_backward(tensor, drawn, 1 / (1 - ctx.dropout))
+
+        of_weights = dropped(torch.bmm(given, value.mT))
         of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         found = gradient.new_empty(3, *spread.shape)
         of_query, of_key, of_value = map(places.of_clips, found)
         scaled: dict[str, Any] = {"beta": 0, "alpha": gradient.shape[2] ** -0.5}
         torch.baddbmm(of_query, of_scores, key, out=of_query, **scaled)
         torch.baddbmm(of_key, of_scores.mT, query, out=of_key, **scaled)
-        torch.bmm(kept.mT, given, out=of_value)
+        torch.bmm(dropped(weights).mT, given, out=of_value)
         return places.gather(found), None, None
 
 

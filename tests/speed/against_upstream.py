@@ -80,6 +80,7 @@ def _measure(case: measure.Case, options: argparse.Namespace, labels: np.ndarray
     losses = ", ".join(f"{theirs:.4f}" for theirs, _ in pairs)
     print(f"{'same work':10}the losses of the first {len(pairs)} updates, {losses}, agree within {apart:.1e}")
     upstream = report["upstream"] = alone(measure.time_upstream, case, options.epochs, options.workers)
+    _print_epochs("upstream", upstream)
     upstream["derived"] = table.derive(upstream, "upstream", report["data"])
     report["ours"] = {}
     for precision in options.precision or [None]:
@@ -87,6 +88,7 @@ def _measure(case: measure.Case, options: argparse.Namespace, labels: np.ndarray
         extra |= {"graph": False} if options.no_graph else {}
         figures = alone(measure.time_ours, case, options.our_epochs, extra)
         figures["derived"] = table.derive(figures, "ours", report["data"])
+        _print_epochs(figures["precision"], figures)
         report["ours"][figures["precision"]] = figures
     _print_times(report, options.device)
     report["ulgm_ms"] = alone(measure.time_ulgm, case, labels)
@@ -101,6 +103,11 @@ def _measure(case: measure.Case, options: argparse.Namespace, labels: np.ndarray
     if options.seeds_to_table:
         _print_seeds_to_table(case, options, report)
     _write(report, options.output)
+
+
+def _print_epochs(side: str, figures: dict[str, Any]) -> None:
+    seconds = ", ".join(f"{epoch:.3f}" for epoch in figures["train_seconds"])
+    print(f"{side:10}training, s in each epoch: {seconds}", flush=True)
 
 
 def _write(figures: dict[str, Any], output: Path | None) -> None:
