@@ -6,13 +6,14 @@ import copy
 import gc
 import pickle
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from registry.data.text_model import TextModel, _Affine, _Packing, set_precision
+from registry.data.text_model import CLIPS_AT_ONCE, TextModel, _Affine, _Clips, _Packing, set_precision
 from tests.helpers import TINY_BERT
 
 LENGTHS = (5, 9, 2, 7)
@@ -41,6 +42,23 @@ def gradients(model: TextModel, given, rows: Tensor | None) -> tuple[Tensor, dic
     weights = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states) * given[1][:, :, None]
     (states * weights).sum().backward()
     return states.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_clips_of_like_length_are_attended_to_together():
+    """A CPU computes attention of a few clips at a time, those that are left at last; one here has no tokens."""
+    model = encoder()
+    lengths = torch.randint(1, 9, (2 * CLIPS_AT_ONCE + 1,), generator=torch.Generator().manual_seed(1)).tolist()
+    given = tokens([0, *lengths[1:]])
+    expected, expected_gradients = gradients(model, given, None)
+    computed = []
+    attend = _Clips.attend
+    with patch.object(_Clips, "attend", lambda self, *heads: computed.append(self.mask.shape) or attend(self, *heads)):
+        found, found_gradients = gradients(model, given, rows_of(given[1], 2))
+    assert [tuple(shape) for shape in computed[:3]] == [(CLIPS_AT_ONCE, 8), (CLIPS_AT_ONCE, 5), (1, 1)]
+    real = given[1].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-6, rtol=0)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=2e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("spare", [1, 4])

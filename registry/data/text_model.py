@@ -19,6 +19,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 SPARE = 128
 """Packed tokens are the real ones and at least one and at most so many others."""
+CLIPS_AT_ONCE = 16
+"""whose attention a CPU computes together"""
 
 
 class TextModel(nn.Module):
@@ -55,8 +57,8 @@ class TextModel(nn.Module):
         if rows is None:
             return self._states(ids, segments, attention_mask=each_sees)
         packing = _Packing(mask, rows)
-        packed_ids, packed_segments = (tokens.flatten()[rows][None] for tokens in (ids, segments))
-        places = (rows % ids.shape[1])[None]
+        packed_ids, packed_segments = (tokens.flatten()[packing.rows][None] for tokens in (ids, segments))
+        places = (packing.rows % ids.shape[1])[None]
         states = self._states(
             packed_ids, packed_segments, position_ids=places, attention_mask=each_sees, packing=packing
         )
@@ -108,18 +110,17 @@ class _Lowered(torch.autograd.Function):
         return None, *raised
 
 
-class _Packing:
-    """Where the tokens of a packed row stand in (B, L).
+class _Clips:
+    """Where packed tokens stand in clips of length L.
 
     Args:
         mask: (B, L), 1 at real tokens.
-        rows: (T) places in the flattened (B·L), the real ones in their order, then 1 to `SPARE` others.
+        rows: (T) places in the flattened (B·L), in the order of the packed row.
     """
 
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
         self.mask = mask.bool()
         self.rows = rows
-        self._places: _Places | None = None
 
     def spread(self, packed: Tensor) -> Tensor:
         """Return (B, L, …) of (T, …); what no row names is 0."""
@@ -128,12 +129,33 @@ class _Packing:
 
     def attend(self, heads: Tensor, dropout: float) -> Tensor:
         """Return the attention (T, H, d) within each clip, of query, key and value in one (T, 3, H, d)."""
-        if _is_on_gpu(heads):
-            return self.by_products(heads, dropout)
         query, key, value = (self.spread(tensor).transpose(1, 2) for tensor in heads.unbind(1))
         each_sees = self.mask[:, None, None]
         found = scaled_dot_product_attention(query, key, value, attn_mask=each_sees, dropout_p=dropout)
         return found.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
+
+
+class _Packing(_Clips):
+    """Where the tokens of a packed row stand, in all clips; on a CPU those of longer clips come first.
+
+    Args:
+        mask: as above.
+        rows: of the real tokens, then 1 to `SPARE` others, in any order.
+    """
+
+    def __init__(self, mask: Tensor, rows: Tensor) -> None:
+        super().__init__(mask, rows)
+        self._some_clips = [_Clips(mask, rows)]
+        if not mask.is_cuda:
+            self.rows, self._some_clips = _by_length(self.mask, rows)
+        self._places: _Places | None = None
+
+    def attend(self, heads: Tensor, dropout: float) -> Tensor:
+        """Return the attention as above."""
+        if _is_on_gpu(heads):
+            return self.by_products(heads, dropout)
+        of_some = zip(self._some_clips, heads.split([len(clips.rows) for clips in self._some_clips]), strict=True)
+        return torch.cat([clips.attend(of_them, dropout) for clips, of_them in of_some])
 
     def by_products(self, heads: Tensor, dropout: float) -> Tensor:
         """Return the same, as a GPU is fast at it."""
@@ -150,6 +172,23 @@ class _Packing:
         # Not -∞, of which a clip without any token would get no number at all.
         bias = torch.zeros_like(sees, dtype=heads.dtype).masked_fill_(~sees, torch.finfo(heads.dtype).min)
         return _Places(at, token, bias[:, None])
+
+
+def _by_length(mask: Tensor, rows: Tensor) -> tuple[Tensor, list[_Clips]]:
+    """Return the places (T) of packed tokens, longer clips first, and where they stand in a few clips at a time.
+
+    Attention of a few clips of like length computes little padding.
+    """
+    packed = torch.zeros(mask.numel(), dtype=torch.bool).index_fill_(0, rows, True).view_as(mask)
+    ends = (packed * torch.arange(1, mask.shape[1] + 1)).amax(1)
+    places = torch.arange(mask.numel()).view_as(mask)
+    ordered, parts = [], []
+    for clips in ends.argsort(descending=True, stable=True).split(CLIPS_AT_ONCE):
+        longest = max(1, int(ends[clips[0]]))
+        here = packed[clips, :longest]
+        ordered.append(places[clips, :longest][here])
+        parts.append(_Clips(mask[clips, :longest], here.flatten().nonzero().squeeze(1)))
+    return torch.cat(ordered), parts
 
 
 class _Places:
