@@ -124,7 +124,7 @@ class SequenceEncoder(nn.Module):
         return self.linear(self.dropout(self._last_state(sequence, lengths)))
 
     def _last_state(self, sequence: Tensor, lengths: Tensor) -> Tensor:
-        if sequence.is_cuda and self.directions == 1:  # packing would wait for the lengths
+        if self.directions == 1:  # packed sequences are slower, and a GPU would wait for their lengths
             states, _ = self.rnn(sequence)
             return states.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
         packed = pack_padded_sequence(sequence, lengths.cpu(), batch_first=True, enforce_sorted=False)
