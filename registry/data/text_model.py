@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -146,7 +147,7 @@ class _Packing(_Clips):
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
         super().__init__(mask, rows)
         self._some_clips = [_Clips(mask, rows)]
-        if not mask.is_cuda:
+        if mask.device.type == "cpu":
             self.rows, self._some_clips = _by_length(self.mask, rows)
         self._places: _Places | None = None
 
@@ -242,6 +243,7 @@ class _Attention(torch.autograd.Function):
         return found.index_select(0, places.at)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         query, key, value, weights, drawn = ctx.saved_tensors
         places: _Places = ctx.places
@@ -320,18 +322,19 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(values, weight)
+        of_values, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(values if of_weight else None, weight if of_values else None)
         return linear(values, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         values, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        wanted = ctx.needs_input_grad
         return (
-            gradient @ weight if wanted[0] else None,
-            rows.mT @ values.flatten(0, -2) if wanted[1] else None,
-            (rows.new_ones(1, len(rows)) @ rows).squeeze(0) if wanted[2] else None,
+            None if weight is None else gradient @ weight,
+            None if values is None else rows.mT @ values.flatten(0, -2),
+            (rows.new_ones(1, len(rows)) @ rows).squeeze(0) if ctx.needs_input_grad[2] else None,
         )
 
 
