@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from registry.data.text_model import CLIPS_AT_ONCE, TextModel, _Affine, _Clips, _Packing, set_precision
+from registry.data import text_model
+from registry.data.text_model import (
+    CLIPS_AT_ONCE,
+    LONGEST_BY_PRODUCTS,
+    TextModel,
+    _Affine,
+    _Clips,
+    _Packing,
+    set_precision,
+)
 from tests.helpers import TINY_BERT
 
 LENGTHS = (5, 9, 2, 7)
@@ -179,6 +188,19 @@ def test_attention_is_the_same_by_products():
     slopes = [torch.autograd.grad((values * weights).sum(), heads)[0] for values in (found, expected)]
     assert slopes[1].abs().mean() > 0.1
     torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("longest", [LONGEST_BY_PRODUCTS, LONGEST_BY_PRODUCTS + 1])
+def test_a_gpu_attends_to_long_clips_without_all_their_weights(longest, monkeypatch):
+    monkeypatch.setattr(text_model, "_is_on_gpu", lambda heads: True)
+    _, mask, _ = tokens((5, longest), longest)
+    packing = _Packing(mask, rows_of(mask, 4))
+    heads = torch.randn(len(packing.rows), 3, 2, 16)
+    with patch.object(packing, "by_products", side_effect=packing.by_products) as by_products:
+        found = packing.attend(heads, 0.0)
+    assert by_products.called == (longest == LONGEST_BY_PRODUCTS)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, packing.attend(heads, 0.0))
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])

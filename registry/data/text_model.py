@@ -22,6 +22,8 @@ SPARE = 128
 """Packed tokens are the real ones and at least one and at most so many others."""
 CLIPS_AT_ONCE = 16
 """whose attention a CPU computes together"""
+LONGEST_BY_PRODUCTS = 128
+"""Of clips with more tokens a GPU does not keep the weights that each token gives to each other."""
 
 
 class TextModel(nn.Module):
@@ -153,7 +155,7 @@ class _Packing(_Clips):
 
     def attend(self, heads: Tensor, dropout: float) -> Tensor:
         """Return the attention as above."""
-        if _is_on_gpu(heads):
+        if _is_on_gpu(heads) and self.mask.shape[1] <= LONGEST_BY_PRODUCTS:
             return self.by_products(heads, dropout)
         of_some = zip(self._some_clips, heads.split([len(clips.rows) for clips in self._some_clips]), strict=True)
         return torch.cat([clips.attend(of_them, dropout) for clips, of_them in of_some])
