@@ -501,8 +501,8 @@ def test_gradients_and_dropout_of_packed_attention(dtype):
     packing = _Packing(mask, places)
     heads = torch.randn(len(places), 3, 2, 16, device=CUDA, dtype=dtype, requires_grad=True)
     weights = torch.randn(len(places), 2, 16, device=CUDA, dtype=dtype) * (mask.flatten()[places] == 1)[:, None, None]
-    fused = packing.attend(heads, 0.0)
-    (found,) = torch.autograd.grad((fused * weights).sum(), heads)
+    attended = packing.attend(heads, 0.0)
+    (found,) = torch.autograd.grad((attended * weights).sum(), heads)
     slow = [packing.spread(tensor).transpose(1, 2) for tensor in heads.unbind(1)]
     padded = torch.nn.functional.scaled_dot_product_attention(*slow, attn_mask=mask.bool()[:, None, None])
     padded = padded.transpose(1, 2).flatten(0, 1).index_select(0, places)
@@ -512,7 +512,7 @@ def test_gradients_and_dropout_of_packed_attention(dtype):
     with torch.no_grad():
         draws = torch.stack([packing.attend(heads, 0.5) for _ in range(2000)]).float()
     real = mask.flatten()[places] == 1
-    assert (draws.mean(0) - fused.float())[real].abs().mean() < 0.05
+    assert (draws.mean(0) - attended.float())[real].abs().mean() < 0.05
     assert draws.std(0)[real].mean() > 0.1
     if dtype == torch.float32:
         by_gradient, by_values = slopes_with_dropout(heads.detach().clone(), packing)

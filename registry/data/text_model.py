@@ -148,7 +148,7 @@ class _Packing(_Clips):
 
     def __init__(self, mask: Tensor, rows: Tensor) -> None:
         super().__init__(mask, rows)
-        self._some_clips = [_Clips(mask, rows)]
+        self._some_clips = [_Clips(self.mask, rows)]
         if mask.device.type == "cpu":
             self.rows, self._some_clips = _by_length(self.mask, rows)
         self._places: _Places | None = None
