@@ -6,6 +6,7 @@ result.mean["MAE"], result.runs[0].folder
 
 from __future__ import annotations
 
+import gc
 import json
 import operator
 import os
@@ -169,6 +170,7 @@ def run(
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
     done: list[SeedRun] = []
+    ways = _ways(graph, plan.spec.per_sample)
     protocol = job.protocol()
     kept = [seed for seed, fault in zip(seeds, faults.values(), strict=True) if fault is None and not force]
     if kept:
@@ -181,7 +183,7 @@ def run(
         if force or not finished(target):  # perhaps by another process, meanwhile
             history: list[Epoch] = []
             try:
-                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, graph)
+                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, ways)
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
@@ -276,6 +278,25 @@ def checked_seeds(seeds: Sequence[int]) -> list[int]:
     return checked
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a seed is trained: with recorded steps or not, a group of micro-batches at once or not."""
+
+    graph: bool
+    at_once: bool
+    why: str | None = None
+
+
+def _ways(graph: bool, per_sample: bool) -> list[_Way]:
+    """Return the way that is wanted, and those that take less of a GPU's memory, and more time."""
+    ways = [_Way(graph, per_sample)]
+    if graph:
+        ways += [_Way(False, per_sample, "the GPU's memory is too small for recorded steps: none is recorded")]
+    if per_sample:
+        ways += [_Way(False, False, "the GPU's memory is too small for a group: micro-batches come one at a time")]
+    return ways
+
+
 def _train_seed(
     job: Job,
     seed: int,
@@ -284,7 +305,36 @@ def _train_seed(
     watcher: Watcher,
     number: str,
     history: list[Epoch],
-    graph: bool,
+    ways: list[_Way],
+) -> None:
+    """Train one seed in the first of the ways, and write its folder; a way that the GPU's memory is too small for goes.
+
+    Raises:
+        RunFailed: it is too small for all.
+    """
+    while True:
+        try:
+            _train_in(ways[0], job, seed, device, folder, watcher, number, history)
+            return
+        except torch.OutOfMemoryError as error:
+            if len(ways) == 1:
+                micro_batch = f"a micro-batch of {job.plan.config.model.batch_size} clips"
+                raise RunFailed(f"the GPU's memory is too small for {micro_batch}: lower batch_size") from error
+        del ways[0]
+        history.clear()
+        gc.collect()  # the former model and its recorded steps
+        watcher.note(f"{job.plan.name}, seed {seed}: {ways[0].why}")
+
+
+def _train_in(
+    way: _Way,
+    job: Job,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    watcher: Watcher,
+    number: str,
+    history: list[Epoch],
 ) -> None:
     """Train one seed and write its folder."""
     assert job.file is not None
@@ -308,11 +358,11 @@ def _train_seed(
             hooks,
             plan.config.model,
             splits,
-            per_sample=plan.spec.per_sample,
+            per_sample=way.at_once,
             generator=torch.Generator().manual_seed(seed),
             watcher=watcher,
             history=history,
-            graph=graph,
+            graph=way.graph,
         )
         metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)
@@ -333,7 +383,7 @@ def _train_seed(
         environment=environment(device, job, started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
-        log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps])],
+        log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps, way.why])],
     )
 
 

@@ -5,6 +5,8 @@ A step can be recorded if it does the same in every call but for the values in i
 that is seen while it runs as usual: it must not wait for the device, draw random numbers on the host, or leave a Python
 attribute of a module changed. Where it does, every step runs as usual. Where a model's attributes change between
 epochs, steps are recorded anew. The very first step is not looked at: libraries set themselves up in it.
+
+Recorded steps share memory, which others cannot use; where both would not fit, none is recorded.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ from .errors import RunFailed
 MOST_GRAPHS = 64
 """of one training; a further one begins anew. They go together: newer torch frees, with one, memory that cuBLAS
 uses in those recorded on the same stream (pytorch#193402)."""
+
+ROOM = 3
+"""The free memory that is asked for, in what the largest step takes: once for steps that are not recorded, twice for
+those that are, since pieces that one shape has left do not fit the next."""
 
 Step = Callable[[Batch], Tensor]
 
@@ -53,6 +59,7 @@ class Recorder:
         self._graphs: dict[Hashable, _Graph] = {}
         self._seen: set[Hashable] = set()
         self._pool: Any = None
+        torch.cuda.reset_peak_memory_stats()
 
     def __call__(self, step: Step, batch: Batch, key: Hashable) -> Tensor:
         """Return what `step(batch)` gives, a tensor that holds until the next call.
@@ -90,16 +97,22 @@ class Recorder:
         """Return the graph of a step that has been seen before, which has not run yet; None if there is to be none."""
         if self.fault is not None or key not in self._seen:
             return None
+        self._release()
+        if not _has_room():
+            self.fault = "the GPU's memory is too small for it"
+            self._forget()
+            return None
         if len(self._graphs) == MOST_GRAPHS:
             self._forget()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state, before = generator.graphsafe_get_state().clone_state(), host_state(self._modules)
-        self._release()
         try:
             graph = _Graph(step, batch, self._pool)
         except RuntimeError as error:
             self.fault = f"recording one failed ({' '.join(str(error).split())[:120]})"
             generator.graphsafe_set_state(state)  # the former one would wait for the recording's end
+            if any(isinstance(cause, torch.OutOfMemoryError) for cause in (error, error.__context__)):
+                raise torch.OutOfMemoryError(self.fault) from error
             if host_state(self._modules) != before:
                 raise RunFailed(f"{self.fault}, and left a model or a hook half way: pass --no-graph") from error
             return None
@@ -134,6 +147,14 @@ class Recorder:
             self.fault = f"a step waits for the device (in {Path(waits[0].filename).name}, line {waits[0].lineno})"
         elif change := next((name for name in before | after if before.get(name) != after.get(name)), None):
             self.fault = f"a step {change}"
+
+
+def _has_room() -> bool:
+    """Whether the GPU's memory is enough for recorded steps and others; what no tensor holds counts as free."""
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.cuda.memory_allocated()
+    of_a_step = torch.cuda.max_memory_allocated() - held
+    return free + torch.cuda.memory_reserved() - held >= ROOM * of_a_step
 
 
 def host_state(modules: Sequence[nn.Module]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -294,7 +295,7 @@ class _Step:
         if not torch.is_grad_enabled():
             yield
         elif self.split.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            here, branch = torch.cuda.current_stream(), torch.cuda.Stream()
+            here, branch = torch.cuda.current_stream(), _branch(self.split.device)
             branch.wait_stream(here)
             with torch.cuda.stream(branch):
                 self.optimizer.step()
@@ -319,6 +320,12 @@ class _Step:
     def _observe(self, output: FusionOutput, batch: Batch, epoch: int | Tensor) -> None:
         for hook in self.hooks:
             hook.observe(output, batch, epoch)
+
+
+@cache
+def _branch(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream, always the same: memory that is freed on a stream is given out again on that stream only."""
+    return torch.cuda.Stream(device)
 
 
 def _make_recorder(

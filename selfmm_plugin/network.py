@@ -5,6 +5,7 @@ The unimodal heads belong to the hook `ulgm` (supervision.py), which any other m
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -160,7 +161,7 @@ class SelfMM(nn.Module):
     def forward(self, batch: Batch) -> FusionOutput:
         # While a CUDA graph is recorded, LSTMs, which fill a fraction of a GPU, get branches beside the text encoder.
         recorded = batch.index.is_cuda and torch.cuda.is_current_stream_capturing()
-        branches = {name: torch.cuda.Stream() for name in self.encoders if recorded and name != "text"}
+        branches = {name: _branch(name, batch.index.device) for name in self.encoders if recorded and name != "text"}
         for branch in branches.values():
             branch.wait_stream(torch.cuda.current_stream())
         features: dict[str, Tensor] = {}
@@ -205,3 +206,9 @@ class SelfMM(nn.Module):
             }
         )
         return groups
+
+
+@cache
+def _branch(name: str, device: torch.device) -> torch.cuda.Stream:
+    """Return a name's own stream: memory that is freed on a stream is given out again on that stream only."""
+    return torch.cuda.Stream(device)

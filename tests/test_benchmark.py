@@ -197,6 +197,40 @@ def test_an_exception_of_one_seed_leaves_the_others(quick, tmp_path):
     assert f'File "{file}", line' in log
 
 
+@pytest.mark.parametrize(
+    ("graph", "per_sample", "said"),
+    [
+        (True, True, ["none is recorded", "micro-batches come one at a time"]),
+        (True, False, ["none is recorded"]),
+        (False, True, ["micro-batches come one at a time"]),
+        (False, False, []),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_asked_for_less(quick, tmp_path, graph, per_sample, said):
+    forward = f"""
+        Model.calls = getattr(Model, "calls", 0) + 1
+        if Model.calls in {[3, 8][: len(said)]}:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return FusionOutput(self.linear(mean)[:, 0])"""
+    file = plugin(tmp_path, forward, options=f", per_sample={per_sample}")
+    notes = Notes()
+    result = quick(model="mean", plugins=[file], seeds=[1, 2], graph=graph, watcher=notes)
+    assert [run.status for run in result.runs] == ["ok", "ok"]
+    of_memory = [note for note in notes.notes if "memory" in note]
+    assert [note.split(": ", 2)[2] for note in of_memory] == said
+    assert all(note.startswith("mean, seed 1: the GPU's memory is too small for") for note in of_memory)
+    for run in result.runs:  # the second seed begins with what did for the first
+        assert load_run(run.folder).history["epoch"].tolist() == [1, 2]
+        log = (run.folder / "log.txt").read_text()
+        assert re.findall("memory is too small for .*: (.*)", log) == said[-1:]
+
+
+def test_a_gpu_that_is_too_small_for_a_micro_batch(quick, tmp_path):
+    file = plugin(tmp_path, "raise torch.OutOfMemoryError('CUDA out of memory')")
+    (run,) = quick(model="mean", plugins=[file], watcher=Notes()).runs
+    assert run.reason == "the GPU's memory is too small for a micro-batch of 4 clips: lower batch_size"
+
+
 def test_a_refusal_after_a_finished_seed_does_not_lose_it(quick, tmp_path):
     forward = "import registry\n        if torch.initial_seed() == 2: raise registry.InputError('no more')\n"
     file = plugin(tmp_path, f"{forward}        return FusionOutput(self.linear(mean)[:, 0])")

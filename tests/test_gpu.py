@@ -358,22 +358,50 @@ def test_what_changes_between_epochs_is_recorded_anew():
     assert recorder.replayed > 2
 
 
-def test_a_recording_that_leaves_a_hook_half_way_ends_the_run():
-    queue = torch.nn.Module()
-    queue.waiting = []
+class HalfWay(torch.nn.Module):
+    """A step that fails while it is recorded, on a branch, and leaves a clip in its queue."""
 
-    def step(batch: Batch) -> torch.Tensor:
-        queue.waiting.append(1)
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.waiting: list[int] = []
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        self.waiting.append(1)
         if torch.cuda.is_current_stream_capturing():
-            raise torch.OutOfMemoryError("no memory")
-        queue.waiting.pop()
+            branch = torch.cuda.Stream()
+            branch.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(branch):
+                batch.index + 1
+                raise self.error
+        self.waiting.pop()
         return batch.index.sum()
 
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (RuntimeError("no"), RunFailed, "half way"),
+        (torch.OutOfMemoryError("no"), torch.OutOfMemoryError, "recording one failed"),
+    ],
+)
+def test_a_recording_that_leaves_a_hook_half_way_ends_the_training(error, raised, said):
+    queue = HalfWay(error)
     recorder = recorder_of(queue)
     for _ in range(2):
-        recorder(step, clips(), 0)
-    with pytest.raises(RunFailed, match="half way"):
-        recorder(step, clips(), 0)
+        recorder(queue, clips(), 0)
+    with pytest.raises(raised, match=said):
+        recorder(queue, clips(), 0)
+
+
+def test_recorded_steps_go_where_memory_gets_short(monkeypatch):
+    recorder, found = recorder_of(), []
+    for room, n in (True, 4), (False, 5), (False, 4):
+        monkeypatch.setattr(graphs, "_has_room", lambda room=room: room)
+        found += [float(recorder(lambda batch: batch.index.sum(), clips(n), 0)) for _ in range(4)]
+    assert found == [6.0] * 4 + [10.0] * 4 + [6.0] * 4
+    assert str(recorder).startswith("2 of 12 steps were replayed")
+    assert "memory is too small" in str(recorder)
 
 
 class Waits(torch.autograd.Function):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from registry.graphs import host_state
+from registry.graphs import _has_room, host_state
 
 
 class Model(nn.Module):
@@ -108,3 +108,12 @@ def queue_and_take(model: Model) -> None:
 )
 def test_what_tensors_hold_may_change(step):
     assert change(step) == []
+
+
+@pytest.mark.parametrize(("free", "enough"), [(5.0, True), (3.9, False)])
+def test_memory_is_asked_for_three_of_the_largest_step(monkeypatch, free, enough):
+    gigabytes = {"memory_allocated": 3.0, "max_memory_allocated": 5.0, "memory_reserved": 5.0}
+    for name, value in gigabytes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value * 1e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 80e9))
+    assert _has_room() is enough
