@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import torch
 
 from registry import cli
 from tests.helpers import tiny_encoder
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start, also where pytest runs in the background, deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
