@@ -29,7 +29,7 @@ from .data.batches import Split, predict
 from .data.text_model import set_precision
 from .errors import BenchmarkError, InputError, RunFailed, one_line
 from .isolation import isolated
-from .jobs import PRECISIONS, Job, make_plan
+from .jobs import PRECISIONS, Job, Plan, make_plan
 from .labels import generated_in_vain
 from .metrics import regression
 from .plugins import NAME
@@ -170,7 +170,7 @@ def run(
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
     done: list[SeedRun] = []
-    ways = _ways(graph, plan.spec.per_sample)
+    ways = _ways(graph, plan)
     protocol = job.protocol()
     kept = [seed for seed, fault in zip(seeds, faults.values(), strict=True) if fault is None and not force]
     if kept:
@@ -183,7 +183,10 @@ def run(
         if force or not finished(target):  # perhaps by another process, meanwhile
             history: list[Epoch] = []
             try:
-                _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, ways)
+                while not _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, ways):
+                    del ways[0]
+                    history.clear()
+                    gc.collect()  # the model, and its recorded steps
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
@@ -280,20 +283,20 @@ def checked_seeds(seeds: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a seed is trained: with recorded steps or not, a group of micro-batches at once or not."""
+    """How seeds are trained: whether steps may be recorded, and an update's micro-batches computed at once."""
 
     graph: bool
-    at_once: bool
-    why: str | None = None
+    at_once: bool = True
+    name: str = ""
 
 
-def _ways(graph: bool, per_sample: bool) -> list[_Way]:
+def _ways(graph: bool, plan: Plan) -> list[_Way]:
     """Return the way that is wanted, and those that take less of a GPU's memory, and more time."""
-    ways = [_Way(graph, per_sample)]
+    ways, config = [_Way(graph)], plan.config.model
     if graph:
-        ways += [_Way(False, per_sample, "the GPU's memory is too small for recorded steps: none is recorded")]
-    if per_sample:
-        ways += [_Way(False, False, "the GPU's memory is too small for a group: micro-batches come one at a time")]
+        ways += [_Way(False, name="without recorded steps")]
+    if plan.spec.per_sample and config.update_epochs > 1 and config.clip_value is None:
+        ways += [_Way(False, False, "without recorded steps, one micro-batch at a time")]
     return ways
 
 
@@ -305,39 +308,16 @@ def _train_seed(
     watcher: Watcher,
     number: str,
     history: list[Epoch],
-    ways: list[_Way],
-) -> None:
-    """Train one seed in the first of the ways, and write its folder; a way that the GPU's memory is too small for goes.
+    ways: Sequence[_Way],
+) -> bool:
+    """Train one seed in the first of the ways and write its folder; False where the GPU's memory ran out.
 
     Raises:
-        RunFailed: it is too small for all.
+        RunFailed: it ran out, and there is no further way.
     """
-    while True:
-        try:
-            _train_in(ways[0], job, seed, device, folder, watcher, number, history)
-            return
-        except torch.OutOfMemoryError as error:
-            if len(ways) == 1:
-                micro_batch = f"a micro-batch of {job.plan.config.model.batch_size} clips"
-                raise RunFailed(f"the GPU's memory is too small for {micro_batch}: lower batch_size") from error
-        del ways[0]
-        history.clear()
-        gc.collect()  # the former model and its recorded steps
-        watcher.note(f"{job.plan.name}, seed {seed}: {ways[0].why}")
-
-
-def _train_in(
-    way: _Way,
-    job: Job,
-    seed: int,
-    device: torch.device,
-    folder: Path,
-    watcher: Watcher,
-    number: str,
-    history: list[Epoch],
-) -> None:
-    """Train one seed and write its folder."""
     assert job.file is not None
+    way = ways[0]
+    said = way.name and f"trained {way.name}: the GPU's memory had run out"
     started, plan = datetime.now(timezone.utc), job.plan
     with isolated(seed, device, job.precision):
         splits = {name: job.split(name, device) for name in job.file.splits}
@@ -353,17 +333,25 @@ def _train_in(
         set_precision(model, job.precision)
         before = text_sums(model)
         watcher.start(seed, number, plan.config.model)
-        outcome = train(
-            model,
-            hooks,
-            plan.config.model,
-            splits,
-            per_sample=way.at_once,
-            generator=torch.Generator().manual_seed(seed),
-            watcher=watcher,
-            history=history,
-            graph=way.graph,
-        )
+        try:
+            outcome = train(
+                model,
+                hooks,
+                plan.config.model,
+                splits,
+                per_sample=plan.spec.per_sample and way.at_once,
+                generator=torch.Generator().manual_seed(seed),
+                watcher=watcher,
+                history=history,
+                graph=way.graph,
+            )
+        except torch.OutOfMemoryError as error:
+            if len(ways) == 1:
+                clips = f"{plan.config.model.batch_size} clips at a time"
+                hint = f"lower batch_size, or free the GPU ({one_line(error)})"
+                raise RunFailed(f"the GPU's memory is too small, also for {clips}: {hint}") from error
+            watcher.note(f"{plan.name}, seed {seed}: the GPU's memory ran out; trained again {ways[1].name}")
+            return False
         metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)
     summary = {
@@ -383,8 +371,9 @@ def _train_in(
         environment=environment(device, job, started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
-        log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps, way.why])],
+        log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps, said])],
     )
+    return True
 
 
 def evaluate(model: nn.Module, job: Job, split: Split) -> tuple[dict[str, float], pd.DataFrame]:

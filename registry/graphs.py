@@ -39,7 +39,7 @@ Step = Callable[[Batch], Tensor]
 
 
 class Recorder:
-    """Runs steps, and replays those that it has recorded.
+    """Runs steps, and replays those that it has recorded. Torch's statistics of the most memory begin anew with it.
 
     Args:
         models: whose attributes must not change in a step.
@@ -99,22 +99,22 @@ class Recorder:
             return None
         self._release()
         if not _has_room():
-            self.fault = "the GPU's memory is too small for it"
-            self._forget()
+            self._give_up("the GPU has too little free memory")
             return None
         if len(self._graphs) == MOST_GRAPHS:
             self._forget()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state, before = generator.graphsafe_get_state().clone_state(), host_state(self._modules)
         try:
-            graph = _Graph(step, batch, self._pool)
+            with torch.cuda.stream(torch.cuda.current_stream()):  # a failure leaves another one
+                graph = _Graph(step, batch, self._pool)
         except RuntimeError as error:
-            self.fault = f"recording one failed ({' '.join(str(error).split())[:120]})"
+            self._give_up(fault := f"recording one failed ({' '.join(str(error).split())[:120]})")
             generator.graphsafe_set_state(state)  # the former one would wait for the recording's end
             if any(isinstance(cause, torch.OutOfMemoryError) for cause in (error, error.__context__)):
-                raise torch.OutOfMemoryError(self.fault) from error
+                raise torch.OutOfMemoryError(fault) from error
             if host_state(self._modules) != before:
-                raise RunFailed(f"{self.fault}, and left a model or a hook half way: pass --no-graph") from error
+                raise RunFailed(f"{fault}, and left a model or a hook half way: pass --no-graph") from error
             return None
         finally:
             self._release()
@@ -122,6 +122,10 @@ class Recorder:
         if not self._graphs:
             self._attributes = attributes_of(self._models)
         return graph
+
+    def _give_up(self, fault: str) -> None:
+        self.fault = fault
+        self._forget()
 
     def _forget(self) -> None:
         self._graphs.clear()
@@ -144,13 +148,16 @@ class Recorder:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         after = host_state(self._modules)
         if waits:
-            self.fault = f"a step waits for the device (in {Path(waits[0].filename).name}, line {waits[0].lineno})"
+            self._give_up(f"a step waits for the device (in {Path(waits[0].filename).name}, line {waits[0].lineno})")
         elif change := next((name for name in before | after if before.get(name) != after.get(name)), None):
-            self.fault = f"a step {change}"
+            self._give_up(f"a step {change}")
 
 
 def _has_room() -> bool:
-    """Whether the GPU's memory is enough for recorded steps and others; what no tensor holds counts as free."""
+    """Whether the GPU's memory is enough for recorded steps and others, by the most that this training has taken.
+
+    What no tensor holds counts as free.
+    """
     free, _ = torch.cuda.mem_get_info()
     held = torch.cuda.memory_allocated()
     of_a_step = torch.cuda.max_memory_allocated() - held

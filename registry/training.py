@@ -295,7 +295,7 @@ class _Step:
         if not torch.is_grad_enabled():
             yield
         elif self.split.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            here, branch = torch.cuda.current_stream(), _branch(self.split.device)
+            here, branch = torch.cuda.current_stream(), _branch(torch.cuda.current_device())
             branch.wait_stream(here)
             with torch.cuda.stream(branch):
                 self.optimizer.step()
@@ -323,8 +323,8 @@ class _Step:
 
 
 @cache
-def _branch(device: torch.device) -> torch.cuda.Stream:
-    """Return one stream, always the same: memory that is freed on a stream is given out again on that stream only."""
+def _branch(device: int) -> torch.cuda.Stream:
+    """Return a GPU's stream, always the same: memory that is freed on a stream is given out again on that one only."""
     return torch.cuda.Stream(device)
 
 

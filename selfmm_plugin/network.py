@@ -210,5 +210,5 @@ class SelfMM(nn.Module):
 
 @cache
 def _branch(name: str, device: torch.device) -> torch.cuda.Stream:
-    """Return a name's own stream: memory that is freed on a stream is given out again on that stream only."""
+    """Return a name's stream, always the same: memory that is freed on a stream is given out again on that one only."""
     return torch.cuda.Stream(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from registry import FusionOutput
+from registry.data import batches
 from registry.data.batches import Split, forward, groups, predict
 from registry.data.feature_file import read_feature_file
 from tests.helpers import feature_file
@@ -151,3 +154,14 @@ def test_what_needs_padding_is_not_told_to_skip_it(arrays):
     split = Split(arrays, arrays.text_bert, CPU, train=True, needs=("audio", "padding"))
     assert split.batch(torch.arange(4)).text_rows is None
     assert split.sizes(torch.arange(4), rounded=True) == {"audio": 6, "tokens": 9}
+
+
+def test_a_split_is_predicted_in_smaller_chunks_where_a_gpu_is_short_of_memory(monkeypatch):
+    def forward(model: nn.Module, split: Split, rows: torch.Tensor, chunk: int) -> FusionOutput:
+        if chunk > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return FusionOutput(rows * 2)
+
+    monkeypatch.setattr(batches, "forward", forward)
+    split = MagicMock(Split, device=torch.device("cuda"), __len__=lambda _: 3)
+    assert predict(nn.Identity(), split).tolist() == [0.0, 2.0, 4.0]

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,38 +198,68 @@ def test_an_exception_of_one_seed_leaves_the_others(quick, tmp_path):
     assert f'File "{file}", line' in log
 
 
+def short_of_memory(monkeypatch, failures: int) -> list[tuple[bool, bool]]:
+    """Let the first trainings run out of memory in their second epoch; returns (graph, per_sample) of all."""
+    tried, models, train = [], [], benchmark.train
+
+    def stingy(model, *given, **named):
+        assert all(former() is None for former in models), "a former model still takes memory"
+        tried.append((named["graph"], named["per_sample"]))
+        if len(tried) > failures:
+            return train(model, *given, **named)
+        models.append(weakref.ref(model))
+
+        def fail(epoch: int, *_) -> None:
+            if epoch == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        with monkeypatch.context() as short:
+            short.setattr(named["watcher"], "step", fail)
+            return train(model, *given, **named)
+
+    monkeypatch.setattr(benchmark, "train", stingy)
+    return tried
+
+
+def mean_of_audio(folder: Path, per_sample: bool = True) -> str:
+    return plugin(folder, "return FusionOutput(self.linear(mean)[:, 0])", options=f", per_sample={per_sample}")
+
+
+def test_a_gpu_that_is_too_small_is_asked_for_less(quick, tmp_path, monkeypatch):
+    given = {"model": "mean", "plugins": [mean_of_audio(tmp_path)], "config": {"update_epochs": 2}, "seeds": [1, 2]}
+    usual = quick(runs="usual", **given)
+    tried, notes = short_of_memory(monkeypatch, 2), Notes()
+    result = quick(watcher=notes, **given)
+    assert tried == [(True, True), (False, True), (False, False), (False, False)]  # the second seed begins there
+    assert [note for note in notes.notes if "memory" in note] == [
+        "mean, seed 1: the GPU's memory ran out; trained again without recorded steps",
+        "mean, seed 1: the GPU's memory ran out; trained again without recorded steps, one micro-batch at a time",
+    ]
+    for run in result.runs:
+        assert load_run(run.folder).history["epoch"].tolist() == [1, 2]
+        said = "trained without recorded steps, one micro-batch at a time: the GPU's memory had run out"
+        assert said in (run.folder / "log.txt").read_text().splitlines()
+    assert result.mean["MAE"] == pytest.approx(usual.mean["MAE"], abs=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("graph", "per_sample", "said"),
+    ("graph", "per_sample", "config", "ways"),
     [
-        (True, True, ["none is recorded", "micro-batches come one at a time"]),
-        (True, False, ["none is recorded"]),
-        (False, True, ["micro-batches come one at a time"]),
-        (False, False, []),
+        (True, True, {}, [(True, True), (False, True), (False, False)]),
+        (False, True, {}, [(False, True), (False, False)]),
+        (True, False, {}, [(True, False), (False, False)]),
+        (True, True, {"update_epochs": 1}, [(True, True), (False, True)]),  # a group is a micro-batch
+        (True, True, {"clip_value": 1.0}, [(True, True), (False, True)]),  # they come one at a time anyway
     ],
 )
-def test_a_gpu_that_is_too_small_is_asked_for_less(quick, tmp_path, graph, per_sample, said):
-    forward = f"""
-        Model.calls = getattr(Model, "calls", 0) + 1
-        if Model.calls in {[3, 8][: len(said)]}:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return FusionOutput(self.linear(mean)[:, 0])"""
-    file = plugin(tmp_path, forward, options=f", per_sample={per_sample}")
-    notes = Notes()
-    result = quick(model="mean", plugins=[file], seeds=[1, 2], graph=graph, watcher=notes)
-    assert [run.status for run in result.runs] == ["ok", "ok"]
-    of_memory = [note for note in notes.notes if "memory" in note]
-    assert [note.split(": ", 2)[2] for note in of_memory] == said
-    assert all(note.startswith("mean, seed 1: the GPU's memory is too small for") for note in of_memory)
-    for run in result.runs:  # the second seed begins with what did for the first
-        assert load_run(run.folder).history["epoch"].tolist() == [1, 2]
-        log = (run.folder / "log.txt").read_text()
-        assert re.findall("memory is too small for .*: (.*)", log) == said[-1:]
-
-
-def test_a_gpu_that_is_too_small_for_a_micro_batch(quick, tmp_path):
-    file = plugin(tmp_path, "raise torch.OutOfMemoryError('CUDA out of memory')")
-    (run,) = quick(model="mean", plugins=[file], watcher=Notes()).runs
-    assert run.reason == "the GPU's memory is too small for a micro-batch of 4 clips: lower batch_size"
+def test_a_gpu_that_is_too_small_in_every_way(quick, tmp_path, monkeypatch, graph, per_sample, config, ways):
+    file, tried = mean_of_audio(tmp_path, per_sample), short_of_memory(monkeypatch, 99)
+    given = {"config": {"update_epochs": 2, **config}, "graph": graph, "watcher": Notes()}
+    (run,) = quick(model="mean", plugins=[file], **given).runs
+    said = "the GPU's memory is too small, also for 4 clips at a time: lower batch_size, or free the GPU (OutOf"
+    assert run.reason.startswith(said)
+    assert "Tried to allocate 20.00 MiB" in run.reason
+    assert tried == ways
 
 
 def test_a_refusal_after_a_finished_seed_does_not_lose_it(quick, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,8 +204,11 @@ def forward(model: nn.Module, split: Split, rows: Tensor, chunk: int) -> FusionO
 def predict(model: nn.Module, split: Split) -> Tensor:
     """Return the predictions (N) of a whole split, float32, in evaluation mode, in the file's order."""
     model.eval()
-    chunk = 256 if split.device.type == "cuda" else 32
-    return forward(model, split, torch.arange(len(split)), chunk).prediction.float()
+    rows = torch.arange(len(split))
+    if split.device.type == "cuda":
+        with suppress(torch.OutOfMemoryError):
+            return forward(model, split, rows, 256).prediction.float()
+    return forward(model, split, rows, 32).prediction.float()
 
 
 @dataclass(frozen=True)
