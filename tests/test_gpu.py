@@ -394,16 +394,6 @@ def test_a_recording_that_leaves_a_hook_half_way_ends_the_training(error, raised
         recorder(queue, clips(), 0)
 
 
-def test_recorded_steps_go_where_memory_gets_short(monkeypatch):
-    recorder, found = recorder_of(), []
-    for room, n in (True, 4), (False, 5), (False, 4):
-        monkeypatch.setattr(graphs, "_has_room", lambda room=room: room)
-        found += [float(recorder(lambda batch: batch.index.sum(), clips(n), 0)) for _ in range(4)]
-    assert found == [6.0] * 4 + [10.0] * 4 + [6.0] * 4
-    assert str(recorder).startswith("2 of 12 steps were replayed")
-    assert "memory is too small" in str(recorder)
-
-
 class Waits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values):

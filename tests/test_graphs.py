@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections import deque
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from registry.graphs import _has_room, host_state
+from registry import graphs
+from registry.contract import Batch
+from registry.graphs import Recorder, _has_room, host_state
 
 
 class Model(nn.Module):
@@ -117,3 +120,55 @@ def test_memory_is_asked_for_three_of_the_largest_step(monkeypatch, free, enough
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value * 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 80e9))
     assert _has_room() is enough
+
+
+class Played:
+    """Takes a recorded step's place where there is no GPU: what it is given runs as it comes."""
+
+    pool = None
+
+    def __init__(self, step, batch: Batch, pool: object) -> None:
+        self.replay = step
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    """One whose device is imitated."""
+    device = MagicMock()
+    for name in ("reset_peak_memory_stats", "default_generators", "current_device", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    for name in ("get_sync_debug_mode", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    monkeypatch.setattr(graphs, "_Graph", Played)
+    monkeypatch.setattr(graphs, "_has_room", lambda: True)
+    return Recorder([], [], lambda: None)
+
+
+def sums(recorder: Recorder, *sizes: int) -> list[int]:
+    return [int(recorder(lambda batch: batch.index.sum(), Batch(torch.arange(size)), 0)) for size in sizes]
+
+
+def test_a_shape_is_recorded_when_it_comes_again(recorder):
+    assert sums(recorder, 4, 4, 5, 4, 5, 4) == [6, 6, 10, 6, 10, 6]
+    assert str(recorder) == "3 of 6 steps were replayed as CUDA graphs, in 2 shapes"
+
+
+def test_recorded_steps_go_where_memory_gets_short(recorder, monkeypatch):
+    sums(recorder, 4, 4, 4, 5)
+    monkeypatch.setattr(graphs, "_has_room", lambda: False)
+    assert sums(recorder, 4, 5, 4, 6, 6) == [6, 10, 6, 15, 15]
+    said = "2 of 9 steps were replayed as CUDA graphs, then no more: the GPU has too little free memory"
+    assert (str(recorder), recorder._graphs) == (said, {})
+
+
+def test_memory_that_runs_out_while_a_step_is_recorded_ends_the_training(recorder, monkeypatch):
+    def failing(*_: object) -> None:
+        try:
+            raise torch.OutOfMemoryError("out of memory")
+        finally:
+            raise RuntimeError("unjoined work")  # as torch does, whose recording then ends badly
+
+    sums(recorder, 4, 4)
+    monkeypatch.setattr(graphs, "_Graph", failing)
+    with pytest.raises(torch.OutOfMemoryError, match=r"recording one failed \(unjoined work\)"):
+        sums(recorder, 4)
