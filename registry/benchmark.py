@@ -160,7 +160,9 @@ def run(
         plugins=plugins,
     )
     place = find_device(device)
-    precision = checked_precision(precision, place, trains_text="text" in plan.needs)
+    asked, precision = precision, checked_precision(precision, place, trains_text="text" in plan.needs)
+    if asked not in (None, precision):
+        watcher.note(f"{plan.name} trains no text encoder, for which {asked} is: it is trained in {precision}")
     if precision == "bf16" and place.type == "cpu" and _lacks_bf16():
         watcher.note("this processor has no bf16 arithmetic: --precision fp32 is faster on it")
     root = Path(os.path.expanduser(runs))
@@ -232,7 +234,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _write_failure(log: Path, lines: Sequence[str], error: BaseException) -> None:
-    where = "" if isinstance(error, BenchmarkError) else "".join(traceback.format_exception(error))
+    said_all = isinstance(error, BenchmarkError) and error.__cause__ is None
+    where = "" if said_all else "".join(traceback.format_exception(error))
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(f"{line}\n" for line in lines) + where, "utf-8", errors="replace")
@@ -347,10 +350,11 @@ def _train_seed(
             )
         except torch.OutOfMemoryError as error:
             if len(ways) == 1:
-                clips = f"{plan.config.model.batch_size} clips at a time"
-                hint = f"lower batch_size, or free the GPU ({one_line(error)})"
-                raise RunFailed(f"the GPU's memory is too small, also for {clips}: {hint}") from error
-            watcher.note(f"{plan.name}, seed {seed}: the GPU's memory ran out; trained again {ways[1].name}")
+                size = f"one micro-batch of batch_size={plan.config.model.batch_size} at a time"
+                hint = f"make it smaller, and update_epochs larger, or free the GPU ({one_line(error)})"
+                raise RunFailed(f"the GPU's memory is too small for {size}: {hint}") from error
+            anew = f"this seed, anew, and those after it are trained {ways[1].name}"
+            watcher.note(f"{plan.name}, seed {seed}: the GPU's memory ran out; {anew}")
             return False
         metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)

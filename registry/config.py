@@ -279,7 +279,8 @@ def _unknown_key(key: str, fields: Mapping[str, Mapping[str, FieldInfo]], derive
         return f"unknown key {key!r}, did you mean {own!r}?"
     known = {prefix + name for prefix, names in fields.items() for name in names}
     # The list of all keys is long; `benchmark describe` shows it.
-    return unknown("key", key, known).partition(" (available")[0]
+    said = unknown("key", key, known).partition(" (available")[0]
+    return said if "did you mean" in said else f"{said} (see `benchmark describe`)"
 
 
 def _validate(cls: type[Config], values: Mapping[str, Any], prefix: str, faults: list[str]) -> Config | None:

@@ -232,8 +232,8 @@ def test_a_gpu_that_is_too_small_is_asked_for_less(quick, tmp_path, monkeypatch)
     result = quick(watcher=notes, **given)
     assert tried == [(True, True), (False, True), (False, False), (False, False)]  # the second seed begins there
     assert [note for note in notes.notes if "memory" in note] == [
-        "mean, seed 1: the GPU's memory ran out; trained again without recorded steps",
-        "mean, seed 1: the GPU's memory ran out; trained again without recorded steps, one micro-batch at a time",
+        f"mean, seed 1: the GPU's memory ran out; this seed, anew, and those after it are trained {way}"
+        for way in ("without recorded steps", "without recorded steps, one micro-batch at a time")
     ]
     for run in result.runs:
         assert load_run(run.folder).history["epoch"].tolist() == [1, 2]
@@ -255,10 +255,11 @@ def test_a_gpu_that_is_too_small_is_asked_for_less(quick, tmp_path, monkeypatch)
 def test_a_gpu_that_is_too_small_in_every_way(quick, tmp_path, monkeypatch, graph, per_sample, config, ways):
     file, tried = mean_of_audio(tmp_path, per_sample), short_of_memory(monkeypatch, 99)
     given = {"config": {"update_epochs": 2, **config}, "graph": graph, "watcher": Notes()}
-    (run,) = quick(model="mean", plugins=[file], **given).runs
-    said = "the GPU's memory is too small, also for 4 clips at a time: lower batch_size, or free the GPU (OutOf"
-    assert run.reason.startswith(said)
+    result = quick(model="mean", plugins=[file], **given)
+    (run,) = result.runs
+    assert run.reason.startswith("the GPU's memory is too small for one micro-batch of batch_size=4 at a time: make")
     assert "Tried to allocate 20.00 MiB" in run.reason
+    assert ", in fail\n" in (result.folder / "1111.failed.log").read_text()  # where in the code it was
     assert tried == ways
 
 
@@ -991,7 +992,9 @@ def test_bf16_is_another_run_that_its_folder_its_table_and_its_model_tell(quick,
 
 def test_a_model_that_trains_no_text_encoder_has_no_bf16(quick):
     options = {"model": "lf_dnn", "config": {"epochs": 1}}
-    assert quick(precision="bf16", **options).folder == quick(**options).folder
+    with pytest.warns(UserWarning, match="lf_dnn trains no text encoder, for which bf16 is: it is trained in fp32"):
+        lowered = quick(precision="bf16", **options)
+    assert lowered.folder == quick(**options).folder
 
 
 @pytest.mark.parametrize(("precision", "said"), [("fp16", "one of fp32, tf32, bf16"), ("tf32", "is a GPU's")])

@@ -24,6 +24,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -203,6 +204,8 @@ def _options(typed: Sequence[str]) -> argparse.Namespace:
 def main(typed: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = _options(sys.argv[1:] if typed is None else typed)
+    if find_spec("MMSA") is None:
+        raise SystemExit('upstream is the package MMSA, which is not installed: pip install -e ".[test]"')
     if options.data:
         compare_quality(options)
         return
