@@ -55,7 +55,7 @@ def test_several_seeds_and_their_mean(benchmark, command, empty_folder):
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_figures_are_whole_however_narrow_the_window(benchmark, command, empty_folder, monkeypatch, is_terminal):
     """A terminal that is too narrow for every seed shows the mean; a pipe has room."""
-    monkeypatch.setattr(cli, "out", Console(width=30, force_terminal=is_terminal, no_color=True))
+    monkeypatch.setattr(cli.screen, "out", Console(width=30, force_terminal=is_terminal, no_color=True))
     code, out, _ = benchmark(*command, "--seeds", "1-2")
     (mae,) = (line for line in out.splitlines() if "MAE " in line)
     figures = re.findall(r"\d\.\d{4}", mae)
@@ -118,13 +118,13 @@ class Bad(torch.nn.Module):
     [(["1111-1113"], [1111, 1112, 1113]), (["1,2"], [1, 2]), (["1", "2"], [1, 2]), (["3-3, 1"], [3, 1])],
 )
 def test_seeds(texts, seeds):
-    assert cli._seeds(texts) == seeds
+    assert cli.common.seeds_of(texts) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a", "5-3", "-1", "1--2", "1-", "1.5", "0-99999", "1" * 5000])
 def test_seeds_that_are_none(text):
     with pytest.raises(InputError, match="--seeds"):
-        cli._seeds([text])
+        cli.common.seeds_of([text])
 
 
 # --- list, describe, check

@@ -134,7 +134,7 @@ def _print_seeds_to_table(case: measure.Case, options: argparse.Namespace, repor
 
 def compare_quality(options: argparse.Namespace) -> None:
     """Train both on a file with each seed, and print figures and seconds side by side."""
-    from registry.cli import _seeds
+    from registry.cli.common import seeds_of
 
     from . import upstream
 
@@ -143,7 +143,7 @@ def compare_quality(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         given = ("mosi", options.data, options.text_encoder, options.device)
-        for seed in _seeds([options.seeds]):
+        for seed in seeds_of([options.seeds]):
             best = folder / f"upstream-{seed}.pth"
             args = upstream.arguments(*given)
             figures["upstream"].append(upstream.train(args, seed, options.workers, options.epochs, best))

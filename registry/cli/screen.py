@@ -1,0 +1,72 @@
+"""What the commands print: tables that fit the terminal, warnings and errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# A pipe has no width; rich would fold tables to 80 columns.
+out = Console(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 120)
+err = Console(stderr=True)
+
+
+def say(markup: str) -> None:
+    """Print a line that may be long on standard output."""
+    out.print(markup, highlight=False, soft_wrap=True)
+
+
+def tell(markup: str) -> None:
+    """Print a line that may be long on standard error."""
+    err.print(markup, highlight=False, soft_wrap=True)
+
+
+def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    tell(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}")
+
+
+def complain(message: str) -> None:
+    tell(f"[bold red]error:[/] {escape(message)}")
+
+
+def print_table(title: str, rows: Sequence[dict[str, str]], unbroken: int = 0) -> None:
+    table, width = table_of(rows, fold=False, unbroken=unbroken)
+    if width > out.width:
+        table, width = table_of(rows, fold=True, unbroken=unbroken)
+    out.print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)  # a table's own would be cut to its width
+    table.width = width if width > out.width else None
+    out.print(table, crop=False)
+
+
+def table_of(rows: Sequence[dict[str, str]], *, fold: bool, unbroken: int = 0) -> tuple[Table, int]:
+    """Return a table and the width it needs.
+
+    Names, figures and columns of at most `unbroken` characters are never broken; headers are if `fold`.
+    """
+    table, width = Table(), 1
+    for number, column in enumerate(rows[0]):
+        cells = [row[column] for row in rows]
+        figures = number > 0 and all(cell[:1] in "-0123456789" for cell in cells)
+        whole = figures or number == 0 or max(map(cell_len, cells)) <= unbroken
+        words = cells if whole else [word for cell in cells for word in cell.split()]
+        widest = max(map(cell_len, [*words, *(column.split() if fold else [column])]))
+        header = "\n".join(textwrap.wrap(column, widest))
+        table.add_column(
+            escape(header),
+            justify="right" if figures else "left",
+            no_wrap=whole,
+            min_width=widest,
+        )
+        width += widest + 3
+    for row in rows:
+        table.add_row(
+            *(f"[bold]{escape(value)}[/]" if hasattr(value, "is_best") else escape(value) for value in row.values())
+        )
+    return table, width
