@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .metrics import regression
 from .plugins import NAME
 from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
 from .training import Epoch, Watcher, text_sums, train
+from .unfinished import Busy, Unfinished, claim
 
 FAILED_LOG = ".failed.log"
 
@@ -166,6 +168,7 @@ def run(
     if precision == "bf16" and place.type == "cpu" and _lacks_bf16():
         watcher.note("this processor has no bf16 arithmetic: --precision fp32 is faster on it")
     root = Path(os.path.expanduser(runs))
+    require_writable(root)
     job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
     folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
@@ -174,6 +177,7 @@ def run(
     done: list[SeedRun] = []
     ways = _ways(graph, plan)
     protocol = job.protocol()
+    made_of = {"sources": dict(plan.sources), "selfmm-plugin": metadata.version("selfmm-plugin")}
     kept = [seed for seed, fault in zip(seeds, faults.values(), strict=True) if fault is None and not force]
     if kept:
         watcher.note(_kept_note(kept, folder, plan.sources))
@@ -182,18 +186,31 @@ def run(
             watcher.note(f"{target} is trained again: {fault}")
     for number, seed in enumerate(seeds, 1):
         target, log = folder / str(seed), failure_log(folder, seed)
-        if force or not finished(target):  # perhaps by another process, meanwhile
+        if force or not finished(target):
             history: list[Epoch] = []
             try:
-                while not _train_seed(job, seed, place, target, watcher, f"{number} of {len(seeds)}", history, ways):
-                    del ways[0]
-                    history.clear()
-                    gc.collect()  # the model, and its recorded steps
+                with claim(target, made_of, again=force) as unfinished:
+                    if force or not finished(target):  # perhaps by another process, meanwhile
+                        of = f"{number} of {len(seeds)}"
+                        while not _train_seed(job, seed, place, target, watcher, of, history, ways, unfinished):
+                            del ways[0]
+                            history.clear()
+                            gc.collect()  # the model, and its recorded steps
+                    unfinished.discard()
+            except KeyboardInterrupt:
+                epochs = (
+                    f"epochs 1 to {unfinished.epoch} of seed {seed} are"
+                    if unfinished.epoch
+                    else f"nothing of seed {seed} is"
+                )
+                watcher.note(f"{epochs} kept")
+                raise
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
                 reason = _reason(error)
-                _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
+                if not isinstance(error, Busy):
+                    _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
                 watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
                 done.append(SeedRun(seed, "failed", reason, None, {}, None))
                 continue
@@ -312,6 +329,7 @@ def _train_seed(
     number: str,
     history: list[Epoch],
     ways: Sequence[_Way],
+    unfinished: Unfinished,
 ) -> bool:
     """Train one seed in the first of the ways and write its folder; False where the GPU's memory ran out.
 
@@ -320,7 +338,6 @@ def _train_seed(
     """
     assert job.file is not None
     way = ways[0]
-    said = way.name and f"trained {way.name}: the GPU's memory had run out"
     started, plan = datetime.now(timezone.utc), job.plan
     with isolated(seed, device, job.precision):
         splits = {name: job.split(name, device) for name in job.file.splits}
@@ -332,7 +349,6 @@ def _train_seed(
             hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
             for hook in plan.hooks
         }
-        require_writable(folder.parent)
         set_precision(model, job.precision)
         before = text_sums(model)
         watcher.start(seed, number, plan.config.model)
@@ -347,6 +363,7 @@ def _train_seed(
                 watcher=watcher,
                 history=history,
                 graph=way.graph,
+                unfinished=unfinished,
             )
         except torch.OutOfMemoryError as error:
             if len(ways) == 1:
@@ -358,6 +375,11 @@ def _train_seed(
             return False
         metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)
+    said = [outcome.steps] if outcome.steps else []
+    if way.name:
+        said.append(f"trained {way.name}: the GPU's memory had run out")
+    if unfinished.resumed:
+        said.append(f"interrupted, and taken up after epoch {unfinished.resumed}")
     summary = {
         "metrics": metrics,
         "best_epoch": outcome.best_epoch,
@@ -375,7 +397,7 @@ def _train_seed(
         environment=environment(device, job, started),
         tables=tables,
         modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
-        log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps, said])],
+        log=[*job.notes, *map(str, outcome.history), *said],
     )
     return True
 

@@ -228,6 +228,9 @@ class _Once(Watcher):
     def start(self, seed: int, number: str, config: Any) -> None:
         self._watcher.start(seed, number, config)
 
+    def resume(self, history: Sequence[Epoch]) -> None:
+        self._watcher.resume(history)
+
     def step(self, epoch: int, step: int, steps: int) -> None:
         self._watcher.step(epoch, step, steps)
 

@@ -212,6 +212,16 @@ class TrainingHook(nn.Module):
     def end_epoch(self, epoch: int) -> None:
         """Called when an epoch's last update is done."""
 
+    def progress_state(self) -> dict[str, Tensor]:
+        """Return what it has gathered beside parameters and buffers, for a training that is interrupted and resumed.
+
+        A hook without it may have nothing such: where its attributes change, an interrupted training begins anew.
+        """
+        return {}
+
+    def load_progress_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `progress_state` returned, as CPU tensors."""
+
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return tables `{name: {column: sequence or array of values}}` to save with the run as `NAME.csv`.
 

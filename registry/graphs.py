@@ -149,7 +149,7 @@ class Recorder:
         after = host_state(self._modules)
         if waits:
             self._give_up(f"a step waits for the device (in {Path(waits[0].filename).name}, line {waits[0].lineno})")
-        elif change := next((name for name in before | after if before.get(name) != after.get(name)), None):
+        elif change := changed(before, after):
             self._give_up(f"a step {change}")
 
 
@@ -169,6 +169,11 @@ def host_state(modules: Sequence[nn.Module]) -> dict[str, Any]:
     of_numpy = np.random.get_state(legacy=False)  # its usual form has an array, which cannot be compared as a whole
     drawn = _plain([random.getstate(), of_numpy, torch.default_generator])
     return {"draws random numbers on the host": drawn, **attributes_of(modules)}
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Return the first key whose value is another than before, None where all are the same."""
+    return next((name for name in {**before, **after} if before.get(name) != after.get(name)), None)
 
 
 def attributes_of(modules: Sequence[nn.Module]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout, suppress
@@ -140,6 +140,9 @@ class _Teller(Watcher):
     def start(self, seed: int, number: str, config: Any) -> None:
         # The whole config may be of a class that only this process has.
         self._send("start", seed, number, Training(epochs=config.epochs, early_stop=config.early_stop))
+
+    def resume(self, history: Sequence[Epoch]) -> None:
+        self._send("resume", list(history))
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         if time.monotonic() - self._last > 0.5:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -61,6 +61,10 @@ class PlainWatcher(Watcher):
         self.seed = f"{self.name} seed {seed}".lstrip()
         self._line(f"{self.seed} ({number})")
 
+    def resume(self, history: Sequence[Epoch]) -> None:
+        best = max(record.epoch for record in history if record.best)
+        self._line(f"{self.seed}  goes on after epoch {len(history)}, where it was interrupted (best epoch {best})")
+
     def epoch(self, record: Epoch) -> None:
         self._line(f"{self.seed}  {record}")
 
@@ -97,6 +101,11 @@ class LiveWatcher(PlainWatcher):
     def step(self, epoch: int, step: int, steps: int) -> None:
         last = min(self.config.epochs or math.inf, self.best[1] + self.config.early_stop)
         self._update(epoch=epoch, total=last * steps, completed=(epoch - 1) * steps + step)
+
+    def resume(self, history: Sequence[Epoch]) -> None:
+        super().resume(history)
+        for record in history:
+            self.epoch(record)
 
     def epoch(self, record: Epoch) -> None:
         if record.best:

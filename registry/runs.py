@@ -55,17 +55,18 @@ def identity(settings: Mapping[str, Any]) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder and try to write in it, so that a training does not end with nowhere to go.
+    """See that a folder can be made and written in, so that a training does not end with nowhere to go; make nothing.
 
     Raises:
         InputError: it cannot be written.
     """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder):
+        with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as error:
-        raise InputError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
+        reason = f"{there} is a file" if there.is_file() else error.strerror or error
+        raise InputError(f"the run folder {folder} cannot be written: {reason}") from error
 
 
 def finite(value: Any) -> Any:

@@ -20,7 +20,8 @@ from .contract import Batch, FusionOutput, Rates, Training, TrainingHook
 from .data.batches import Group, Split, forward, groups, output_of, predict
 from .data.text_model import TextModel
 from .errors import RunFailed
-from .graphs import Recorder
+from .graphs import Recorder, changed
+from .unfinished import Parts, Unfinished, unkept_state
 
 BETTER_BY = 1e-6
 """A validation MAE must fall by this much to count as better (upstream's threshold)."""
@@ -58,6 +59,9 @@ class Watcher:
 
     def start(self, seed: int, number: str, config: Training) -> None:
         """A seed starts training; `number` is as `2 of 5`."""
+
+    def resume(self, history: Sequence[Epoch]) -> None:
+        """It goes on after these epochs, of a training that was interrupted."""
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         """A group of an epoch is done; all count from 1."""
@@ -131,6 +135,7 @@ def train(
     watcher: Watcher | None = None,
     history: list[Epoch] | None = None,
     graph: bool = True,
+    unfinished: Unfinished | None = None,
 ) -> Outcome:
     """Train until the validation MAE has not improved for `config.early_stop` epochs, and keep the best weights.
 
@@ -143,6 +148,7 @@ def train(
         watcher: is told of steps and epochs.
         history: gets every epoch, for a training that may end by an exception.
         graph: whether steps on a GPU are recorded as CUDA graphs where they can be.
+        unfinished: keeps the training at the ends of epochs; one that it has kept is taken up.
 
     Raises:
         RunFailed: a loss or the validation MAE is not finite.
@@ -162,7 +168,16 @@ def train(
     outcome = Outcome(0, [] if history is None else history)
     best_mae, best_weights = math.inf, {}
     modules = {"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}}
-    epoch = 0
+    parts = Parts(modules, optimizer, scheduler, generator, truth.device)
+    if unfinished is not None and (kept := unfinished.restore(parts)):
+        outcome.history += [Epoch(**row) for row in kept.history]
+        outcome.best_epoch, best_weights = kept.best_epoch, kept.best_weights
+        best_mae = outcome.history[kept.best_epoch - 1].valid_mae
+        watcher.resume(outcome.history)
+    elif unfinished is not None and unfinished.refused:
+        watcher.note(f"it is trained from the start, not from where it was interrupted: {unfinished.refused}")
+    plain_state = unkept_state(modules) if unfinished is not None else {}
+    epoch = len(outcome.history)
     while epoch < (config.epochs or math.inf) and epoch - outcome.best_epoch < config.early_stop:
         epoch += 1
         started = time.perf_counter()
@@ -195,6 +210,13 @@ def train(
         record = Epoch(epoch, train_loss, valid_mae, better, trained - started, validated - trained)
         outcome.history.append(record)
         watcher.epoch(record)
+        if unfinished is not None and unfinished.due(parts):
+            if change := changed(plain_state, unkept_state(modules)):
+                unfinished.fault = f"training {change}, which no progress_state tells"
+            else:
+                unfinished.keep(parts, list(map(vars, outcome.history)), outcome.best_epoch, best_weights)
+            if unfinished.fault:
+                watcher.note(f"an interruption would lose this seed's epochs: {unfinished.fault}")
     for name, module in modules.items():
         module.load_state_dict(best_weights[name])
     outcome.steps = "" if recorder is None else str(recorder)

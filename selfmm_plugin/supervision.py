@@ -274,6 +274,16 @@ class UlgmHook(TrainingHook):
     def end_epoch(self, epoch: int) -> None:
         self.history.append({name: values.cpu().clone() for name, values in self.supervision.generator.labels.items()})
 
+    def progress_state(self) -> dict[str, Tensor]:
+        if not self.history:
+            return {}
+        return {name: torch.stack([labels[name] for labels in self.history]) for name in self.history[0]}
+
+    def load_progress_state(self, state: Mapping[str, Tensor]) -> None:
+        names = list(self.supervision.generator.labels)
+        epochs = zip(*(state[name].unbind() for name in names), strict=True)
+        self.history = [dict(zip(names, labels, strict=True)) for labels in epochs]
+
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return `labels`, every epoch's labels, and, of labels that were generated, what is known of them.
 
