@@ -239,7 +239,7 @@ def _sweep(run: Path) -> None:
 
 
 def unkept_state(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return what modules have beside what is kept of them, for the modules that tell no progress: it must not change."""
+    """Return what nothing keeps of modules that tell no progress: it must not change."""
     silent = [
         module
         for module in modules.values()

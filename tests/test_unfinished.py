@@ -87,7 +87,7 @@ def test_every_model_goes_on_to_the_last_bit(train, every_epoch, model):
         watcher = Interrupting(interrupted_in)
         with pytest.raises(KeyboardInterrupt):
             train("parts", model, watcher)
-        watcher.notes[-1] == f"epochs 1 to {interrupted_in - 1} of seed 1111 are kept"
+        assert watcher.notes[-1] == f"epochs 1 to {interrupted_in - 1} of seed 1111 are kept"
     watcher = Interrupting()
     parts = train("parts", model, watcher)
     assert (watcher.resumed, watcher.epochs) == (3, [4, 5])
