@@ -115,6 +115,7 @@ def run(
     device: str = "auto",
     precision: str | None = None,
     graph: bool = True,
+    deterministic: bool = False,
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     force: bool = False,
@@ -138,6 +139,8 @@ def run(
             float32 weights); tf32 on a GPU, fp32 on a CPU by default.
         graph: on a GPU, record training steps as CUDA graphs where they can be; but for rounding and for what dropout
             draws, a result does not depend on it.
+        deterministic: on a GPU, sum in one order, so that a seed gives the same to the last bit each time on one
+            machine; slower. A CPU does so anyway.
         runs: the folder that holds run folders; nothing is written outside it.
         plugins: files or modules of plugins that are not packaged.
         force: train again where a finished run exists.
@@ -162,6 +165,8 @@ def run(
         plugins=plugins,
     )
     place = find_device(device)
+    if deterministic and place.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for, before its first product
     asked, precision = precision, checked_precision(precision, place, trains_text="text" in plan.needs)
     if asked not in (None, precision):
         watcher.note(f"{plan.name} trains no text encoder, for which {asked} is: it is trained in {precision}")
@@ -175,7 +180,7 @@ def run(
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
     done: list[SeedRun] = []
-    ways = _ways(graph, plan)
+    ways = _ways(_Way(graph, deterministic), plan)
     protocol = job.protocol()
     made_of = {"sources": dict(plan.sources), "selfmm-plugin": metadata.version("selfmm-plugin")}
     kept = [seed for seed, fault in zip(seeds, faults.values(), strict=True) if fault is None and not force]
@@ -303,20 +308,22 @@ def checked_seeds(seeds: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How seeds are trained: whether steps may be recorded, and an update's micro-batches computed at once."""
+    """How seeds are trained: with recorded steps or not, and an update's micro-batches at once or one by one."""
 
     graph: bool
+    deterministic: bool
     at_once: bool = True
     name: str = ""
 
 
-def _ways(graph: bool, plan: Plan) -> list[_Way]:
+def _ways(wanted: _Way, plan: Plan) -> list[_Way]:
     """Return the way that is wanted, and those that take less of a GPU's memory, and more time."""
-    ways, config = [_Way(graph)], plan.config.model
-    if graph:
-        ways += [_Way(False, name="without recorded steps")]
+    ways, config = [wanted], plan.config.model
+    if wanted.graph:
+        ways.append(replace(wanted, graph=False, name="without recorded steps"))
     if plan.spec.per_sample and config.update_epochs > 1 and config.clip_value is None:
-        ways += [_Way(False, False, "without recorded steps, one micro-batch at a time")]
+        name = "without recorded steps, one micro-batch at a time"
+        ways.append(replace(wanted, graph=False, at_once=False, name=name))
     return ways
 
 
@@ -339,7 +346,7 @@ def _train_seed(
     assert job.file is not None
     way = ways[0]
     started, plan = datetime.now(timezone.utc), job.plan
-    with isolated(seed, device, job.precision):
+    with isolated(seed, device, job.precision, deterministic=way.deterministic):
         splits = {name: job.split(name, device) for name in job.file.splits}
         # Copies: model and hooks may do with them what they like.
         model = plan.spec.build(plan.config.model, replace(job.info)).to(device)

@@ -41,6 +41,7 @@ def compare(
     device: str = "auto",
     precision: str | None = None,
     graph: bool = True,
+    deterministic: bool = False,
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     metrics: Sequence[str] = (),
@@ -55,7 +56,7 @@ def compare(
             `"all"` stands for every registered model that is not named.
         dataset: as for `registry.run`.
         also_with: hooks to add to each model, one row each, where the model allows it.
-        data, text_encoder, label_range, device, precision, graph, runs, plugins: as for `registry.run`.
+        data, text_encoder, label_range, device, precision, graph, deterministic, runs, plugins: as for `registry.run`.
         seeds: one run each, for every model.
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
@@ -114,6 +115,7 @@ def compare(
         "device": device,
         "precision": precision,
         "graph": graph,
+        "deterministic": deterministic,
         "runs": runs,
         "plugins": plugins,
     }

@@ -24,6 +24,7 @@ from registry.graphs import Recorder
 from registry.jobs import needs_of
 from registry.plugins import Plugins
 from registry.training import Epoch, Watcher
+from registry.unfinished import Unfinished
 from selfmm_plugin import UnimodalLabelGenerator, UnimodalSupervision
 from selfmm_plugin.upstream import translate
 from tests.baselines import batch, configured, info
@@ -535,3 +536,34 @@ def test_gradients_and_dropout_of_packed_attention(dtype):
     if dtype == torch.float32:
         by_gradient, by_values = slopes_with_dropout(heads.detach().clone(), packing)
         assert by_gradient == pytest.approx(by_values, rel=0.01, abs=0.1)
+
+
+class InterruptedIn(Watcher):
+    """Interrupts the first step of an epoch; its trainings are kept at every epoch's end."""
+
+    def __init__(self, epoch: int) -> None:
+        self.at = epoch
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        if epoch == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in Plugins().entries("model") if "mmsa_" not in entry.name])
+def test_deterministic_runs_are_equal_to_the_last_bit_also_when_interrupted(name, still, monkeypatch):
+    monkeypatch.undo()  # dropout too
+    monkeypatch.setattr(Unfinished, "due", lambda self, parts: not self.fault)
+
+    def content(runs: str, **options) -> dict[str, bytes]:
+        result = still.run(name, runs, deterministic=True, **options)
+        assert result.runs[0].reason is None
+        return {file: (result.runs[0].folder / file).read_bytes() for file in ("predictions.csv", "model.safetensors")}
+
+    first = content("first")
+    assert content("second") == first
+    with pytest.raises(KeyboardInterrupt):
+        content("third", watcher=InterruptedIn(3))
+    assert content("third") == first

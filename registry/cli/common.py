@@ -33,6 +33,9 @@ Precision = Annotated[
     typer.Option(help="fp32, tf32 (GPU) or bf16 (a text encoder that is trained); tf32 on a GPU, fp32 on a CPU."),
 ]
 Graph = Annotated[bool, typer.Option("--graph/--no-graph", help="Record steps on a GPU as CUDA graphs.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same to the last bit each time, on a GPU too; slower there.")
+]
 RunsFolder = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]

@@ -17,6 +17,7 @@ from .common import (
     Data,
     Dataset,
     Debug,
+    Deterministic,
     Device,
     Encoder,
     Epochs,
@@ -80,6 +81,7 @@ def compare(
     device: Device = "auto",
     precision: Precision = None,
     graph: Graph = True,
+    deterministic: Deterministic = False,
     runs: RunsFolder = Path("runs"),
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
@@ -113,6 +115,7 @@ def compare(
                 device=device,
                 precision=precision,
                 graph=graph,
+                deterministic=deterministic,
                 runs=runs,
                 plugins=plugin,
                 metrics=_names(metrics),
