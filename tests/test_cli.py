@@ -367,6 +367,19 @@ class Bad(torch.nn.Module):
     assert 'bad.py", line 8, in __init__' in err
 
 
+def test_interrupted_while_python_imports(empty_folder):
+    """Modules swallow the exception there, or stay half made, so the process ends at once."""
+    Path("slow.py").write_text("import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
+    code = "from registry.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "-m", "self_mm", "--plugin", "slow.py"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert "importing" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "interrupted\n"
+    assert process.returncode == 130
+    assert os.listdir() == ["slow.py"]
+
+
 def test_interrupted(command, empty_folder):
     """Ctrl-C in a run: one line, code 130, finished seeds are kept, no half-written folder."""
     line = [*map(str, command), "--seeds", "1-999"]
@@ -381,7 +394,7 @@ def test_interrupted(command, empty_folder):
     assert "interrupted; finished seeds are kept, and the same command goes on from there" in err
     assert "Traceback" not in err
     (folder,) = Path("runs").glob("*/*/*")
-    kept = sorted(int(path.name) for path in folder.iterdir())
+    kept = sorted(int(path.name) for path in folder.iterdir() if path.name[0] != ".")
     assert kept == list(range(1, len(kept) + 1))
     assert len(kept) >= 2
     assert all((folder / str(seed) / "metrics.json").exists() for seed in kept)
