@@ -284,12 +284,12 @@ def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written: .*file is a file"):
+    with pytest.raises(InputError, match=r"cannot be written: .*file is a file"):
         require_writable(tmp_path / "file" / "run")
     with pytest.raises(BenchmarkError, match="cannot be written"), writing(tmp_path / "file" / "run"):
         pass
     require_writable(tmp_path / "new" / "run")
-    assert os.listdir(tmp_path / "new" / "run") == []
+    assert os.listdir(tmp_path) == ["file"]
 
 
 # --- identity
