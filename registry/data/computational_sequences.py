@@ -123,7 +123,7 @@ class ComputationalSequence:
     def _words(self, key: str) -> Iterator[str]:
         if self.width != 1:
             raise InputError(f"{self.where}: video {key!r}: expected one word a step, found {self.width} features")
-        for word in self._read(key, "features", "words", "SUO").ravel():
+        for word in self._read(key, "features", "words", "SUO").ravel().tolist():
             try:
                 text = word.decode("utf-8") if isinstance(word, bytes) else str(word)
                 text.encode("utf-8")
@@ -212,27 +212,22 @@ def _text(value: Any) -> str:
 
 def _names(group: Any, where: str) -> list[str]:
     """Return the names in an HDF5 group, none of which is opened."""
-    names = []
-    for name in getattr(group, "id", ()):
-        try:
-            names.append(name.decode("utf-8"))
-        except UnicodeError:
-            raise InputError(f"{where}: the name {name!r} is not UTF-8") from None
-    return names
+    if not hasattr(group, "keys"):
+        raise InputError(f"{where}: expected a group, found something else")
+    try:
+        return [name.decode("utf-8") for name in group.id]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: the name {error.object!r} is not UTF-8") from None
 
 
 def _member(group: Any, name: str, where: str) -> Any:
-    """Return what a group has under a name, if it stands in the same file."""
-    if isinstance(group, Mapping) and not hasattr(group, "id"):
-        found = group.get(name)
-        found = np.asarray(found) if isinstance(found, list) else found
-    elif hasattr(group, "id") and hasattr(group, "keys"):
-        found = _linked(group, name, where)
-    else:
+    """Return what a group, of a file or a plain dict, has under a name, if it stands in the same file."""
+    if not hasattr(group, "keys"):
         raise InputError(f"{where}: expected a group with {name}, found something else")
+    found = _linked(group, name, where) if hasattr(group, "id") else group.get(name)
     if found is None:
         raise InputError(f"{where} has no {name}")
-    return found
+    return np.asarray(found) if isinstance(found, list) else found
 
 
 def _linked(group: Any, name: str, where: str) -> Any:

@@ -84,20 +84,20 @@ def read_folds(path: Path) -> Folds:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is no JSON file") from None
-    if not isinstance(folds, dict) or folds.keys() != set(SPLITS) or not all(map(_is_names, folds.values())):
-        raise InputError(f'{path}: expected {{"train": [video, …], "valid": […], "test": […]}}, found something else')
     _check_folds(folds, str(path))
     return folds
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(video, str) for video in value)
-
-
-def _check_folds(folds: Folds, where: str) -> None:
+def _check_folds(folds: Any, where: str) -> None:
+    if not isinstance(folds, Mapping) or folds.keys() != set(SPLITS) or not all(map(_are_names, folds.values())):
+        raise InputError(f'{where}: expected {{"train": [video, …], "valid": […], "test": […]}}, found something else')
     twice = [video for video, count in Counter(v for name in SPLITS for v in folds[name]).items() if count > 1]
     if twice:
         raise InputError(f"{where}: expected each video once, found {twice[0]!r} again ({len(twice)} videos repeated)")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(video, str) for video in value)
 
 
 def from_computational_sequences(
@@ -233,9 +233,9 @@ def _tokens(clips: list[Clip], encoder: TextEncoder, length: int) -> tuple[np.nd
     words = [clip.words for clip in clips]
     options = {"return_token_type_ids": True, "truncation": True, "max_length": length, "padding": "max_length"}
     made = tokenizer(words, is_split_into_words=True, **options)
-    parts = [made["input_ids"], made["attention_mask"], made["token_type_ids"]]
+    tokens = np.stack([made["input_ids"], made["attention_mask"], made["token_type_ids"]], axis=1).astype(np.int64)
     of_word = [[-1 if word is None else word for word in made.word_ids(row)] for row in range(len(clips))]
-    return np.array(parts, dtype=np.int64).swapaxes(0, 1), np.array(of_word)
+    return tokens, np.array(of_word)
 
 
 def _by_token(clips: list[Clip], modality: str, of_word: np.ndarray) -> np.ndarray:
