@@ -73,6 +73,14 @@ def test_one_feature_a_step_may_be_a_vector_and_packed(tmp_path):
     assert steps.features.shape == (3, 1)
 
 
+def test_a_video_without_steps_is_none(tmp_path):
+    videos = make_videos()["vision"]
+    videos["v0"] = {"features": np.zeros(0), "intervals": np.zeros((0, 2))}
+    with open_sequence(write_csd(tmp_path / "vision.csd", videos)) as vision:
+        assert list(vision.videos) == ["v1", "v2", "v3", "v4"]
+        assert vision.numbers("v0").features.shape == (0, 3)
+
+
 def test_an_interval_may_start_before_its_video(tmp_path):
     """As some of CMU-MOSEI's do."""
     (steps,) = read_all(one(tmp_path, intervals=np.array([[-0.48, 1], [1, 2], [2, 3.0]])))

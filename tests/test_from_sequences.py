@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,18 @@ def test_ids_text_and_tokens_are_mmsas_on_cmu_mosi():
 
 
 # --- who reads the file
+
+
+def test_the_example_in_the_docs(tmp_path, monkeypatch, capsys):
+    """With other folds, which the small sequences have."""
+    text = (Path(__file__).parents[1] / "docs" / "computational_sequences.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- test: from python -->\n```python\n(.*?)```", text, re.DOTALL)
+    for role, path in write_all(tmp_path).items():
+        path.rename(tmp_path / f"{role[0].upper()}.csd")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('folds="mosi"', f"folds={FOLDS}"), {})
+    assert capsys.readouterr().out == "[] {'train': 6, 'valid': 2, 'test': 2}\n"
+    assert (tmp_path / "mosi.pkl").is_file()
 
 
 def test_upstreams_loader_reads_it(tmp_path):

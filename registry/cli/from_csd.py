@@ -59,10 +59,11 @@ def from_csd(
     for source in (words, labels, audio, vision, folds):
         if source is not None and out.exists() and source.exists() and out.samefile(source):
             raise InputError(f"--out {out} is one of the files that are read")
-    encoder = text_encoder or (spec.text_encoder if aligned else None)
-    if encoder is not None:
+    encoder = None
+    if name := text_encoder or (spec.text_encoder if aligned else None):
         from ..data.text import find_text_encoder
 
+        encoder = find_text_encoder(name)
     with Progress(console=screen.err, transient=True, disable=not screen.err.is_terminal) as bar:
         task = bar.add_task("videos", total=None)
         made = from_computational_sequences(
@@ -78,7 +79,7 @@ def from_csd(
             max_audio=max_audio,
             max_vision=max_vision,
             keep_empty=keep_empty,
-            text_encoder=find_text_encoder(encoder) if encoder else None,
+            text_encoder=encoder,
             label_range=spec.label_range if label_range is None else label_range,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -46,10 +46,10 @@ class ComputationalSequence:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.entries:
-            raise InputError(f"{self.where} holds no videos")
         for key, entry in self.entries.items():
             self._check(key, entry)
+        if not self.shapes:
+            raise InputError(f"{self.where} holds no videos")
 
     @property
     def where(self) -> str:
@@ -58,9 +58,9 @@ class ComputationalSequence:
 
     @cached_property
     def videos(self) -> dict[str, list[str]]:
-        """The keys of each video."""
+        """The keys of each video that has steps."""
         found: dict[str, list[str]] = {}
-        for key in self.entries:
+        for key in self.shapes:
             found.setdefault(key.partition("[")[0], []).append(key)
         return found
 
@@ -76,6 +76,8 @@ class ComputationalSequence:
             parts[name] = _member(entry, name, where)
             _check_size(parts[name], f"{where}: {name}", self.path)
         rows, intervals = parts["features"].shape, parts["intervals"].shape
+        if 0 in rows and 0 in intervals:  # nothing was measured, as where a face was never found
+            return
         if len(rows) == 1:  # one feature a step
             rows = (*rows, 1)
         if len(rows) != 2 or len(intervals) != 2 or intervals[1] != 2 or rows[0] != intervals[0]:
@@ -227,7 +229,7 @@ def _member(group: Any, name: str, where: str) -> Any:
     found = _linked(group, name, where) if hasattr(group, "id") else group.get(name)
     if found is None:
         raise InputError(f"{where} has no {name}")
-    return np.asarray(found) if isinstance(found, list) else found
+    return found
 
 
 def _linked(group: Any, name: str, where: str) -> Any:

@@ -143,6 +143,8 @@ def from_computational_sequences(
         InputError: a sequence is broken, an option does not fit, or a split would be empty.
     """
     _check_options(aligned, reduction, rate, max_length, max_audio, max_vision, text_encoder)
+    if label_range is not None and not label_range > 0:
+        raise InputError(f"the label range must be a positive number, got {label_range:g}")
     folds = standard_folds(folds) if isinstance(folds, str) else folds
     _check_folds(folds, "folds")
     given = {"words": words, "labels": labels, "audio": audio, "vision": vision}
