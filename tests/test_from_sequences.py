@@ -123,6 +123,20 @@ def test_text_that_is_too_long_is_cut_and_said():
     assert made.notes == ["10 clips have more than 5 tokens: text_bert holds the first (--max-length)"]
 
 
+@pytest.mark.parametrize("aligned_by_the_sdk", [False, True])
+def test_members_of_an_mmdataset_give_the_same(tmp_path, capsys, aligned_by_the_sdk):
+    mmdatasdk = pytest.importorskip("mmsdk.mmdatasdk")
+    theirs = mmdatasdk.mmdataset({role: str(path) for role, path in write_all(tmp_path).items()})
+    if aligned_by_the_sdk:
+        theirs.align("labels")
+        assert "v0[1]" in theirs["audio"].data
+    made = from_computational_sequences(**{role: theirs[role] for role in theirs.keys()}, folds=FOLDS)  # noqa: SIM118
+    for name, split in convert().splits.items():
+        assert (made.splits[name]["id"], made.splits[name]["raw_text"]) == (split["id"], split["raw_text"])
+        for key in ("audio", "audio_lengths", "vision", "regression_labels"):
+            np.testing.assert_array_equal(made.splits[name][key], split[key])
+
+
 # --- what is left out and mended
 
 
@@ -169,7 +183,7 @@ def test_clips_without_audio_can_be_kept(tmp_path, aligned):
     assert ("8 words have no step of audio in their interval: zeros" in made.notes) == aligned
 
 
-def test_text_alone_and_no_vision(tmp_path):
+def test_vision_may_be_left_out(tmp_path):
     videos = make_videos()
     del videos["vision"]
     assert read_back(convert(videos), tmp_path).splits["train"].vision is None
