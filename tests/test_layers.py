@@ -97,7 +97,7 @@ def is_text(node: ast.AST) -> bool:
 
 # --- what an import loads
 
-HEAVY = ["torch", "transformers", "numpy", "pandas", "sklearn", "safetensors", "matplotlib"]
+HEAVY = ["torch", "transformers", "numpy", "pandas", "sklearn", "safetensors", "matplotlib", "h5py"]
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
@@ -111,6 +111,7 @@ def test_the_registrys_names_are_lazy():
         ["--help"],
         ["run", "--help"],
         ["labels", "--help"],
+        ["data", "from-csd", "--help"],
         ["list", "models"],
         ["list", "datasets", "--json"],
         ["nonsense"],

@@ -106,9 +106,11 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
 
 def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     helps = {}
-    for command in ("run", "compare", "table", "list", "describe", "check", "labels", "import-checkpoint"):
+    single = ("run", "compare", "table", "list", "describe", "check", "labels", "import-checkpoint")
+    for command in (*single, "data from-csd"):
         monkeypatch.setenv("COLUMNS", "200")
-        helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
+        of_group = helps.get(command.split()[0], "")
+        helps[command.split()[0]] = of_group + benchmark(monkeypatch, capsys, f"benchmark {command} --help")
     named = set(re.findall(r"benchmark ([a-z-]+)", README)) - {"run"}
     assert named <= helps.keys()
     for line in re.findall(r"benchmark (?:[a-z-]+)[^`\n]*", README):
