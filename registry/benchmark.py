@@ -173,7 +173,8 @@ def run(
     if precision == "bf16" and place.type == "cpu" and _lacks_bf16():
         watcher.note("this processor has no bf16 arithmetic: --precision fp32 is faster on it")
     root = Path(os.path.expanduser(runs))
-    require_writable(root)
+    if not (root / plan.name / plan.dataset.name).is_dir():  # else what is wanted may be there, and only read
+        require_writable(root)
     job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
     folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
