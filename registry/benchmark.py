@@ -203,14 +203,6 @@ def run(
                             history.clear()
                             gc.collect()  # the model, and its recorded steps
                     unfinished.discard()
-            except KeyboardInterrupt:
-                epochs = (
-                    f"epochs 1 to {unfinished.epoch} of seed {seed} are"
-                    if unfinished.epoch
-                    else f"nothing of seed {seed} is"
-                )
-                watcher.note(f"{epochs} kept")
-                raise
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
@@ -381,6 +373,10 @@ def _train_seed(
             anew = f"this seed, anew, and those after it are trained {ways[1].name}"
             watcher.note(f"{plan.name}, seed {seed}: the GPU's memory ran out; {anew}")
             return False
+        except KeyboardInterrupt:
+            kept = f"epochs 1 to {unfinished.epoch} are" if unfinished.epoch else "no epoch is"
+            watcher.note(f"seed {seed} was interrupted: {kept} kept")
+            raise
         metrics, predictions = evaluate(model, job, splits["test"])
         tables = _artifacts(hooks, job.file.splits["train"].ids)
     said = [outcome.steps] if outcome.steps else []

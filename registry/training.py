@@ -199,6 +199,8 @@ def train(
         trained = time.perf_counter()
         valid_mae = float((predict(model, splits["valid"]) - truth).abs().double().mean())
         if not (math.isfinite(train_loss) and math.isfinite(valid_mae)):
+            if unfinished is not None:
+                unfinished.discard()  # it would come to the same
             raise RunFailed(f"epoch {epoch} ended with train loss {train_loss} and validation MAE {valid_mae}")
         if scheduler is not None:
             scheduler.step(valid_mae)

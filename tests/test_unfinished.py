@@ -87,7 +87,7 @@ def test_every_model_goes_on_to_the_last_bit(train, every_epoch, model):
         watcher = Interrupting(interrupted_in)
         with pytest.raises(KeyboardInterrupt):
             train("parts", model, watcher)
-        assert watcher.notes[-1] == f"epochs 1 to {interrupted_in - 1} of seed 1111 are kept"
+        assert watcher.notes[-1] == f"seed 1111 was interrupted: epochs 1 to {interrupted_in - 1} are kept"
     watcher = Interrupting()
     parts = train("parts", model, watcher)
     assert (watcher.resumed, watcher.epochs) == (3, [4, 5])
@@ -109,7 +109,7 @@ def test_interrupted_before_anything_is_kept(train, every_epoch, tmp_path):
     watcher = Interrupting(1)
     with pytest.raises(KeyboardInterrupt):
         train("parts", watcher=watcher)
-    assert watcher.notes[-1] == "nothing of seed 1111 is kept"
+    assert watcher.notes[-1] == "seed 1111 was interrupted: no epoch is kept"
     assert not list((tmp_path / "parts").rglob("*")), "no empty folders stay"
 
 
@@ -178,7 +178,7 @@ def test_a_model_that_hides_its_state_is_not_kept(train, every_epoch, tmp_path):
         "an interruption would lose this seed's epochs: training changes Counting.seen, which no progress_state tells"
     )
     assert [note for note in watcher.notes if "interruption" in note] == [said]
-    assert watcher.notes[-1] == "nothing of seed 1111 is kept"
+    assert watcher.notes[-1] == "seed 1111 was interrupted: no epoch is kept"
 
 
 def test_a_full_disk_stops_the_keeping_and_not_the_training(train, every_epoch, monkeypatch):
@@ -205,6 +205,12 @@ def test_a_run_that_cannot_be_written_is_not_trained_again(train, every_epoch, m
     watcher = Interrupting()
     assert train("parts", watcher=watcher).runs[0].status == "ok"
     assert watcher.resumed == 5
+
+
+def test_a_loss_that_is_not_finite_leaves_nothing(train, every_epoch, tmp_path):
+    config = {"learning_rate_other": 1e36, "learning_rate_audio": 1e36, "scheduler": "none"}
+    assert train("parts", config=config).runs[0].status == "failed"
+    assert not list((tmp_path / "parts").rglob(".1111*"))
 
 
 def test_two_processes_on_one_seed(train, tmp_path):
