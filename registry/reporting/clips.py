@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from ..labels import GeneratedLabels
 from ..plugins import Plugins
 from ..side_by_side import Table
 from ..tables import Rows
+from .pictures import printable
 
 MOST_DISAGREEING, MOST_WRONG = 10, 15
 """clips in a table"""
 MOST_MODELS = 8
 """with a column of their own"""
 _MOST_LETTERS = 300
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
 _MODALITIES = {"T": "text", "A": "audio", "V": "vision"}
 
 
@@ -56,34 +56,26 @@ def read_clips(comparison: Comparison, data: str | Path | None, plugins: Sequenc
         InputError: the file cannot be read, is of other clips, or the dataset needs none.
     """
     run = comparison.ok[0].runs[0]
-    spec = None
-    try:
-        spec = Plugins(plugins).load("dataset", comparison.dataset)
-        makes_its_own = bool(spec.generate)
-    except InputError:  # its plugin is not installed any more
-        makes_its_own = False
-    if makes_its_own and data is not None:
+    generate = None
+    with suppress(InputError):  # its plugin is not installed any more
+        generate = Plugins(plugins).load("dataset", comparison.dataset).generate
+    if generate and data is not None:
         raise InputError(f"dataset {comparison.dataset!r} makes its own data; leave out --data")
     if data is not None:
         place = Path(os.path.expanduser(data))
-        cache = run.folder.resolve().parents[3] / ".cache"
-        file = read_feature_file(
-            place, label_range=run.settings["data"]["label_range"], cache=cache if cache.is_dir() else None
-        )
-    elif spec and spec.generate:
+        file = read_feature_file(place, label_range=run.settings["data"]["label_range"])
+    elif generate:
         with blaming(f"generate of dataset {comparison.dataset!r}"):
-            file = spec.generate()
+            file = generate()
     else:
         return Clips(why_none="Run folders hold no texts: --data FILE, the feature file of the runs, adds them here.")
     if not _are_tested(file, run.predictions):
         if data is None:
             return Clips(why_none=f"No texts: the dataset {comparison.dataset} makes other clips by now.")
         raise InputError(f"--data {data} is not of these runs: its test clips or their labels are others")
-    texts = {
-        clip: text
-        for split in file.splits.values()
-        for clip, text in zip(split.ids, split.raw_text or [], strict=False)
-    }
+    texts = {}
+    for split in file.splits.values():
+        texts.update(zip(split.ids, split.raw_text or [], strict=False))
     test = file.splits["test"]
     known = {name: test.labels[task] for task, name in _MODALITIES.items() if task in test.labels}
     unimodal = pd.DataFrame(known, index=test.ids) if len(known) > 1 else None
@@ -98,7 +90,7 @@ def _are_tested(file: FeatureFile, predictions: pd.DataFrame) -> bool:
 
 def _cut(text: str) -> str:
     """Return text of a clip in one line that a page has room for."""
-    line = _UNPRINTABLE.sub(" ", text).strip()
+    line = printable(text)
     return line if len(line) <= _MOST_LETTERS else f"{line[:_MOST_LETTERS]}… ({len(line):,} characters)"
 
 

@@ -6,7 +6,7 @@ registry.report(["runs/"], "report.html", dataset="mosi", data="unaligned_50.pkl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from ..forms import TABLE_STYLE, html_table
 from ..labels import MEANINGS, GeneratedLabels, read_labels
 from ..runs import finished, require_file, write_file
 from ..side_by_side import Table, of_interest, published_results, ranges, tables_of
-from ..tables import Rows
 from . import clips as of_clips
 from . import figures as draw
 from .clips import Clips
@@ -185,16 +184,14 @@ def _facts(comparison: Comparison) -> dict[str, str]:
 
 
 def _generated(row: Row) -> list[GeneratedLabels]:
-    """Return the labels that a row's runs generated."""
+    """Return the labels that a row's runs generated, of the epochs that are shown: all would fill the memory."""
     runs = [run for run in row.runs if {"labels", "label_movement"} <= set(run.summary["artifacts"])]
-    return [read_labels(run) for run in runs if run.best_epoch is not None]
-
-
-_KEYS = {"results": "results", "differences": "differences", "what": "hooks", "published": "published"}
+    found = [read_labels(run) for run in runs if run.best_epoch is not None]
+    return [replace(one, labels=one.labels[one.labels["epoch"].isin(one.shown_epochs)]) for one in found]
 
 
 def _table(table: Table) -> Section:
-    key = _KEYS[table.title.partition(" ")[0]]
+    key = table.title.partition(" ")[0]
     return Section(key, table.heading, table.notes[0], [replace(table, notes=table.notes[1:])])
 
 
@@ -307,37 +304,42 @@ def _errors(comparison: Comparison, clips: Clips) -> Section:
 
 
 def _settings(comparison: Comparison) -> Section:
-    return Section(
-        "settings",
-        "Settings and environment",
-        "What each row was made with; values that differ between its seeds stand side by side.",
-        [_of_row(row) for row in comparison.ok],
-        unfolded=0,
-    )
+    """Show what is the same for all rows once, and of each row what is left."""
+    of_rows = {row.name: _made_with(row) for row in comparison.ok}
+    first, *others = of_rows.values()
+    same = {key for key, value in first.items() if others and all(other.get(key) == value for other in others)}
+    tables = [_listed("the same in all rows", {key: first[key] for key in first if key in same})] if same else []
+    for name, values in of_rows.items():
+        tables.append(_listed(name, {key: value for key, value in values.items() if key not in same}))
+    sentence = "What each row was made with; values that differ between its seeds stand side by side."
+    return Section("settings", "Settings and environment", sentence, tables, unfolded=0)
 
 
-def _of_row(row: Row) -> Table:
+def _listed(title: str, values: Mapping[str, str]) -> Table:
+    return Table(title, [{"setting": key, "value": value} for key, value in values.items()], [], keys=2)
+
+
+def _made_with(row: Row) -> dict[str, str]:
     """Return everything that can change a row's result, and what it was made with."""
     values: dict[str, dict[str, None]] = {}
     for run in row.runs:
-        settings, environment = run.settings, run.environment
+        settings, encoder = run.settings, run.settings["text_encoder"] or {}
         parts = {
             "": {
                 "run folder": str(run.folder),
-                **{key: settings.get(key) for key in ("model", "seed", "preset", "version", "hooks")},
+                **{key: settings.get(key) for key in ("model", "seed", "preset", "version", "hooks", "precision")},
                 "best epoch": run.best_epoch,
             },
             "protocol": run.summary.get("protocol", {}),
             "config": settings["config"],
             "data": settings["data"],
-            "text encoder": settings["text_encoder"] or {},
-            "environment": environment,
+            "text encoder": {key: value for key, value in encoder.items() if key != "config"},
+            "environment": run.environment,
         }
         for part, of_part in parts.items():
             for key, value in _flat(of_part, part):
                 values.setdefault(key, {})[value] = None
-    rows: Rows = [{"setting": key, "value": "; ".join(found)} for key, found in values.items()]
-    return Table(row.name, rows, [], keys=2)
+    return {key: "; ".join(found) for key, found in values.items()}
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # publishers refuse Type 3
     "svg.hashsalt": "report",  # the same runs give the same file
 }
-_ACROSS, _DOWN = 4, 3
+_ACROSS, _DOWN = 3, 4
 """panels of a file"""
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _TITLE = 0.24
 """inches of a panel's title in a file"""
 
@@ -133,7 +135,11 @@ def svg(picture: Panel | Picture, key: str) -> str:
     from matplotlib import rc_context
 
     file = BytesIO()
-    with rc_context({**STYLE, "svg.fonttype": "none"}):  # text stays text: it is smaller, and can be searched
+    with (
+        rc_context({**STYLE, "svg.fonttype": "none"}),
+        warnings.catch_warnings(),
+    ):  # text stays text: it can be searched
+        warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts will have it
         picture.make().savefig(file, format="svg", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
     view = root.attrib["viewBox"]
@@ -162,8 +168,14 @@ def svg(picture: Panel | Picture, key: str) -> str:
     return ET.tostring(root, "unicode", short_empty_elements=False)
 
 
+def printable(text: str) -> str:
+    """Return text in one line, without the characters that XML does not have."""
+    return " ".join(_UNPRINTABLE.sub(" ", text).split())
+
+
 def shortened(text: str, most: int) -> str:
-    """Return text of at most `most` characters, its middle left out where it is longer."""
+    """Return text in one line of at most `most` characters, its middle left out where it is longer."""
+    text = printable(text)
     if len(text) <= most:
         return text
     head = (most - 1) * 2 // 3
