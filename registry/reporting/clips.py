@@ -73,7 +73,7 @@ def read_clips(comparison: Comparison, data: str | Path | None, plugins: Sequenc
         if data is None:
             return Clips(why_none=f"No texts: the dataset {comparison.dataset} makes other clips by now.")
         raise InputError(f"--data {data} is not of these runs: its test clips or their labels are others")
-    texts = {}
+    texts: dict[str, str] = {}
     for split in file.splits.values():
         texts.update(zip(split.ids, split.raw_text or [], strict=False))
     test = file.splits["test"]
