@@ -59,7 +59,7 @@ def strips(comparison: Comparison, metrics: Sequence[str]) -> list[Panel]:
         if known:
             best = (min if metric == "MAE" else max)(known, key=lambda row: row.mean[metric])
             alt = f"{metric} on test of {len(known)} models; the best mean is {best.name}'s, {best.mean[metric]:.4f}."
-            size = (4.1, 0.62 + 0.24 * len(known))
+            size = (4.1, 0.62 + (0.24 if len(known) <= 20 else 0.19) * len(known))
             panels.append(Panel(metric, alt, size, partial(_strip, known, metric, colours_of(comparison))))
     return panels
 
