@@ -126,7 +126,7 @@ def most_wrong(comparison: Comparison, clips: Clips) -> Table:
         }
         for place in np.argsort(-errors, kind="stable")[:MOST_WRONG]
     ]
-    return Table("the largest errors on test", rows, [], clips.keys)
+    return Table("largest errors on test", rows, [], clips.keys)
 
 
 def most_disagreeing_tested(comparison: Comparison, clips: Clips) -> Table | None:
@@ -146,7 +146,7 @@ def most_disagreeing_tested(comparison: Comparison, clips: Clips) -> Table | Non
         for place in np.argsort(-spread, kind="stable")[:MOST_DISAGREEING]
         if spread[place] > 0
     ]
-    return Table("test clips whose modalities disagree most", rows, [], clips.keys) if rows else None
+    return Table("Test clips whose modalities disagree most", rows, [], clips.keys) if rows else None
 
 
 def most_disagreeing(row: Row, labels: Sequence[GeneratedLabels], clips: Clips) -> Table | None:
@@ -170,4 +170,4 @@ def most_disagreeing(row: Row, labels: Sequence[GeneratedLabels], clips: Clips) 
         for place in np.argsort(-spread, kind="stable")[:MOST_DISAGREEING]
         if spread[place] > 0
     ]
-    return Table(f"train clips whose labels by {row.name} disagree most", rows, [], clips.keys) if rows else None
+    return Table(f"Train clips whose labels by {row.name} disagree most", rows, [], clips.keys) if rows else None

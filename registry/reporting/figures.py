@@ -177,7 +177,7 @@ def _scatter(
     if counted:
         shades = LinearSegmentedColormap.from_list("", ["#e3e3e3", colour, "#000000"])
         extent = (-limit, limit, -limit, limit)
-        axes.hexbin(true, predicted, gridsize=28, extent=extent, mincnt=1, norm=LogNorm(), cmap=shades, linewidths=0.1)
+        axes.hexbin(true, predicted, gridsize=24, extent=extent, mincnt=1, norm=LogNorm(), cmap=shades, linewidths=0.1)
     else:
         axes.plot(true, predicted, "o", color=colour, markersize=2.6, alpha=0.4, markeredgewidth=0, zorder=2)
     ticks = _label_ticks(limit / 1.1)

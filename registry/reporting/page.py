@@ -308,7 +308,7 @@ def _settings(comparison: Comparison) -> Section:
     of_rows = {row.name: _made_with(row) for row in comparison.ok}
     first, *others = of_rows.values()
     same = {key for key, value in first.items() if others and all(other.get(key) == value for other in others)}
-    tables = [_listed("the same in all rows", {key: first[key] for key in first if key in same})] if same else []
+    tables = [_listed("The same in all rows", {key: first[key] for key in first if key in same})] if same else []
     for name, values in of_rows.items():
         tables.append(_listed(name, {key: value for key, value in values.items() if key not in same}))
     sentence = "What each row was made with; values that differ between its seeds stand side by side."

@@ -143,29 +143,31 @@ def svg(picture: Panel | Picture, key: str) -> str:
         picture.make().savefig(file, format="svg", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
     view = root.attrib["viewBox"]
+    ids: dict[str, str] = {}
     for element in list(root.iter()):
-        element.tag = element.tag.rpartition("}")[2]
-        for child in list(element):
-            if child.tag.endswith(("}metadata", "}style")):  # a style would be the whole page's
-                element.remove(child)
-        if "{http://www.w3.org/1999/xlink}href" in element.attrib:
-            element.set("href", element.attrib.pop("{http://www.w3.org/1999/xlink}href"))
-    used = set()
+        element.tag = _local(element.tag)
+        element.text, element.tail = (text if text and text.strip() else None for text in (element.text, element.tail))
+        for child in [child for child in element if _local(child.tag) in ("metadata", "style")]:
+            element.remove(child)  # a style would be the whole page's
+        for name in ("href", "clip-path"):
+            reference = element.attrib.pop(next((n for n in element.attrib if _local(n) == name), ""), "")
+            if reference:
+                old = reference.removeprefix("url(").removesuffix(")").removeprefix("#")
+                new = ids.setdefault(old, f"{key}-{len(ids)}")
+                element.set(name, reference.replace(old, new))
     for element in root.iter():
-        for value in (value for name, value in element.attrib.items() if name != "id"):
-            used.update(re.findall(r"(?:url\(#|^#)([^)\s]+)", value))
-    for element in root.iter():
-        if "id" in element.attrib and element.attrib["id"] not in used:
-            del element.attrib["id"]
-        for name, value in element.attrib.items():
-            if name == "id":
-                element.set(name, f"{key}-{value}")
-            elif name in ("href", "clip-path"):
-                element.set(name, re.sub(r"^(#|url\(#)", rf"\1{key}-", value))
-    root.attrib.clear()
+        if "id" in element.attrib:
+            name = element.attrib.pop("id")
+            element.attrib |= {"id": ids[name]} if name in ids else {}
     natural = float(view.split()[2]) * 1.45  # CSS has 4/3 pixels a point; letters of 8 points are small on a screen
+    root.attrib.clear()
     root.attrib |= {"viewBox": view, "role": "img", "aria-label": picture.alt, "style": f"--natural: {natural:.0f}px"}
     return ET.tostring(root, "unicode", short_empty_elements=False)
+
+
+def _local(name: str) -> str:
+    """Return a name of XML without its namespace."""
+    return name.rpartition("}")[2]
 
 
 def printable(text: str) -> str:
