@@ -111,6 +111,7 @@ def test_the_registrys_names_are_lazy():
         ["--help"],
         ["run", "--help"],
         ["labels", "--help"],
+        ["report", "--help"],
         ["list", "models"],
         ["list", "datasets", "--json"],
         ["nonsense"],

@@ -135,10 +135,8 @@ def svg(picture: Panel | Picture, key: str) -> str:
     from matplotlib import rc_context
 
     file = BytesIO()
-    with (
-        rc_context({**STYLE, "svg.fonttype": "none"}),
-        warnings.catch_warnings(),
-    ):  # text stays text: it can be searched
+    looks = {**STYLE, "svg.fonttype": "none"}  # text stays text: it can be searched
+    with rc_context(looks), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts will have it
         picture.make().savefig(file, format="svg", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
