@@ -351,6 +351,23 @@ def test_bad_input(benchmark, runs, monkeypatch, arguments, message):
     assert sorted(path.name for path in runs.parent.iterdir()) == ["other.pkl", "runs"]
 
 
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("history", lambda t: t.drop(columns="valid_mae"), "has no numbers 'valid_mae'"),
+        ("predictions", lambda t: t.assign(prediction="much"), "has no numbers 'prediction'"),
+        ("predictions", lambda t: t.assign(prediction=np.inf), "has a prediction that is no finite number"),
+        ("labels", lambda t: t.drop(columns="fusion"), "has no column fusion"),
+    ],
+)
+def test_an_edited_table_is_named(runs, table, change, message):
+    path = next((runs / "mean+ulgm").rglob(f"{table}.csv"))
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    with pytest.raises(InputError, match=f"the table '{table}' of .*{message}"):
+        registry.report([runs], runs / "page.html")
+    assert not (runs / "page.html").exists()
+
+
 def test_a_run_folder_stays_as_it_is(runs):
     (seed,) = (runs / "mean").rglob("1")
     with pytest.raises(InputError, match="the folder of a run, which stays as it is"):

@@ -6,16 +6,18 @@ registry.report(["runs/"], "report.html", dataset="mosi", data="unaligned_50.pkl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..comparison import PRIMARY, Comparison, Row, collect
 from ..errors import InputError, unknown
 from ..forms import TABLE_STYLE, html_table
 from ..labels import MEANINGS, GeneratedLabels, read_labels
-from ..runs import finished, require_file, write_file
+from ..runs import Run, finished, require_file, write_file
 from ..side_by_side import Table, of_interest, published_results, ranges, tables_of
 from . import clips as of_clips
 from . import figures as draw
@@ -83,6 +85,7 @@ def report(
     _check_places(page, folder, figure_format)
     tell("reading runs")
     comparison = collect(folders, reference, dataset=dataset, metrics=metrics, plugins=plugins)
+    _check_tables(run for row in comparison.ok for run in row.runs)
     results = of_interest(comparison, published_results(plugins)) if published else []
     tell("reading clips")
     clips = of_clips.read_clips(comparison, data, plugins)
@@ -107,6 +110,23 @@ def _check_places(page: Path, folder: Path | None, form: str) -> None:
     for option, place in (("--out", page.parent), ("--figures", folder)):
         if place is not None and finished(place):
             raise InputError(f"{option} would write into {place}, the folder of a run, which stays as it is")
+
+
+_COLUMNS = {"predictions": ("label", "prediction"), "history": ("epoch", "valid_mae", "train_loss")}
+
+
+def _check_tables(runs: Iterable[Run]) -> None:
+    """See that the tables that are drawn hold numbers; one that somebody has edited may not."""
+    for run in runs:
+        for name, columns in _COLUMNS.items():
+            if name == "history" and run.best_epoch is None:
+                continue
+            table = run.table(name)
+            for column in columns:
+                if column not in table.select_dtypes("number"):
+                    raise InputError(f"the table {name!r} of {run.folder} has no numbers {column!r}")
+                if name == "predictions" and not np.isfinite(table[column]).all():
+                    raise InputError(f"the table {name!r} of {run.folder} has a {column} that is no finite number")
 
 
 def render(comparison: Comparison, sections: Sequence[Section], tell: Tell) -> str:
