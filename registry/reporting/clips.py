@@ -18,13 +18,13 @@ from ..labels import GeneratedLabels
 from ..plugins import Plugins
 from ..side_by_side import Table
 from ..tables import Rows
-from .pictures import printable
+from .pictures import printable, shortened
 
 MOST_DISAGREEING, MOST_WRONG = 10, 15
 """clips in a table"""
 MOST_MODELS = 8
 """with a column of their own"""
-_MOST_LETTERS = 300
+_MOST_LETTERS, _LONGEST_ID = 300, 60
 _MODALITIES = {"T": "text", "A": "audio", "V": "vision"}
 
 
@@ -41,7 +41,7 @@ class Clips:
 
     def columns(self, clip: str) -> dict[str, str]:
         """Return the cells that tell which clip it is."""
-        return {"id": _cut(clip), **({"text": _cut(self.texts.get(clip, ""))} if self.texts else {})}
+        return {"id": shortened(clip, _LONGEST_ID), **({"text": _cut(self.texts.get(clip, ""))} if self.texts else {})}
 
     @property
     def keys(self) -> int:

@@ -6,6 +6,7 @@ registry.report(["runs/"], "report.html", dataset="mosi", data="unaligned_50.pkl
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +88,8 @@ def report(
     comparison = collect(folders, reference, dataset=dataset, metrics=metrics, plugins=plugins)
     _check_tables(run for row in comparison.ok for run in row.runs)
     results = of_interest(comparison, published_results(plugins)) if published else []
+    if published and not results:
+        warnings.warn(f"nothing is published of these models on {comparison.dataset}", stacklevel=2)
     tell("reading clips")
     clips = of_clips.read_clips(comparison, data, plugins)
     tell("comparing models")
