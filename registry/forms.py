@@ -174,8 +174,10 @@ th:first-child, td:first-child { position: sticky; left: 0; background: white; }
 small { display: block; color: #555; font-size: 0.8em; }
 .notes { max-width: 60rem; color: #444; padding-left: 1.2rem; font-size: 0.93rem; }
 @media print {
-  .table { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1px 3px; } .text, .name { min-width: 8em; }
+  .table { overflow: visible; } table { font-size: 6.5pt; }
+  th, td { padding: 1px 3px; } .text, .name { min-width: 8em; }
   th { white-space: normal; overflow-wrap: anywhere; }
+  th:first-child, td:first-child { position: static; }
 }
 """
 _STYLE = f"""

@@ -52,10 +52,9 @@ def _number(value: float) -> str:
 
 def strips(comparison: Comparison, metrics: Sequence[str]) -> list[Panel]:
     """Return a panel a metric: every seed of every model, and their mean."""
-    rows = [row for row in comparison.ok if row.runs]
     panels = []
     for metric in metrics:
-        known = [row for row in rows if np.isfinite(row.mean[metric])]
+        known = [row for row in comparison.ok if np.isfinite(row.mean[metric])]
         if known:
             best = (min if metric == "MAE" else max)(known, key=lambda row: row.mean[metric])
             alt = f"{metric} on test of {len(known)} models; the best mean is {best.name}'s, {best.mean[metric]:.4f}."
