@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from . import screen
-from .common import Data, Debug, Metrics, Plugin, app
+from .common import Debug, Metrics, Plugin, app
 
 
 @app.command()
@@ -26,7 +26,9 @@ def report(
     published: Annotated[
         bool, typer.Option("--published", help="Add what others have published of these models.")
     ] = False,
-    data: Data = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The feature file of the runs, for the clips' texts; demo needs none.")
+    ] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder that gets each figure as a file, for a paper.")] = None,
     figure_format: Annotated[str, typer.Option(help="Of those files: pdf, png or svg.")] = "pdf",
     plugin: Plugin = [],
@@ -34,8 +36,7 @@ def report(
 ) -> None:
     """Write one page of the runs in folders: tables, figures, clips and settings, with everything in it.
 
-    --data, the feature file of the runs, gives clips their texts; demo needs none. A run that failed, or whose files
-    are broken, is said on the page, and makes the exit code 1.
+    A run that failed, or whose files are broken, is said on the page, and makes the exit code 1.
     """
     from ..reporting import report as make_report
 

@@ -224,7 +224,7 @@ def _matrix(counts: np.ndarray, family: str, colour: str, made: AnyFigure) -> No
     from matplotlib.colors import LinearSegmentedColormap
 
     number = len(counts)
-    axes = _axes(made, 0.52 if family == "sims" else 0.46, 0.46, 0.08, 0.04)
+    axes = _axes(made, 0.62 if family == "sims" else 0.46, 0.46, 0.08, 0.04)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     shades = LinearSegmentedColormap.from_list("", ["#ffffff", colour])
     axes.pcolormesh(shares, cmap=shades, vmin=0, vmax=1, edgecolors="#dddddd", linewidth=0.3)
