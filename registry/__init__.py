@@ -22,6 +22,7 @@ _HOME = {
     "registry.comparison": "Comparison",
     "registry.data.feature_file": "FeatureFile SplitArrays",
     "registry.data.text": "TextEncoder find_text_encoder",
+    "registry.reporting": "report",
     "registry.runs": "Run load_run",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

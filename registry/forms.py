@@ -162,27 +162,38 @@ def _escaped(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text).replace("\0", "{}")
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1a1a1a; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-div { overflow-x: auto; }
+TABLE_STYLE = """
+.table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.87rem; }
 th { text-align: left; border-bottom: 2px solid #1a1a1a; } td { border-bottom: 1px solid #ddd; }
 th, td { padding: 0.3rem 0.6rem; vertical-align: top; white-space: nowrap; }
-.figure { text-align: right; } .text { white-space: normal; min-width: 16rem; }
+.figure { text-align: right; }
+.text { white-space: normal; min-width: 16rem; max-width: 40rem; overflow-wrap: anywhere; }
+.name { white-space: normal; min-width: 13rem; overflow-wrap: anywhere; }
 th:first-child, td:first-child { position: sticky; left: 0; background: white; }
 small { display: block; color: #555; font-size: 0.8em; }
-ul { max-width: 60rem; color: #444; padding-left: 1.2rem; font-size: 0.93rem; }
-@page { size: A4 landscape; margin: 1cm; }
+.notes { max-width: 60rem; color: #444; padding-left: 1.2rem; font-size: 0.93rem; }
 @media print {
-  body { margin: 0; } div { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1px 3px; }
-  .text { min-width: 0; }
+  .table { overflow: visible; } table { font-size: 6.5pt; }
+  th, td { padding: 1px 3px; } .text, .name { min-width: 8em; }
+  th { white-space: normal; overflow-wrap: anywhere; }
+  th:first-child, td:first-child { position: static; }
 }
 """
+_STYLE = f"""
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1a1a1a; }}
+h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+@page {{ size: A4 landscape; margin: 1cm; }}
+@media print {{ body {{ margin: 0; }} }}
+{TABLE_STYLE}"""
 
 
-def _html(comparison: Comparison, published: Sequence[PublishedResult], name: str) -> str:
-    def cell(text: str) -> str:
+def html_table(table: Table) -> str:
+    """Return a table with its notes as HTML, without its heading; all text in it is escaped."""
+
+    def cell(text: str, column: str) -> str:
+        if column in keys:  # a name or an id stays as it is, also where it begins with a hyphen
+            return html.escape(text)
         mean, spread = (html.escape(_with_minus(part)) for part in _parts(text))
         mean = f"<b>{mean}</b>" if isinstance(text, Best) else mean
         return f"{mean}<small>{spread}</small>" if spread else mean
@@ -191,23 +202,43 @@ def _html(comparison: Comparison, published: Sequence[PublishedResult], name: st
         tags = [f"<{tag}{looks[column]}>{text}</{tag}>" for column, text in zip(looks, cells, strict=True)]
         return f"<tr>{''.join(tags)}</tr>"
 
+    columns = {column: [row[column] for row in table.rows] for column in table.rows[0]}
+    keys = [*columns][: table.keys]
+    looks = {column: _look(cells, column in keys) for column, cells in columns.items()}
+    parts = [
+        f'<div class="table" tabindex="0" role="region" aria-label="{html.escape(table.heading)}"><table>',
+        f"<thead>{row_of('th', [*map(html.escape, columns)])}</thead>\n<tbody>",
+        *(row_of("td", [cell(text, column) for column, text in row.items()]) for row in table.rows),
+        "</tbody></table></div>",
+    ]
+    if table.notes:
+        notes = [f"<li>{html.escape(_with_minus(note))}</li>" for note in table.notes]
+        parts += ['<ul class="notes">', *notes, "</ul>"]
+    return "\n".join(parts)
+
+
+_NAME, _LONG = 18, 50
+"""Characters that a name has, and any text, without being set in lines"""
+
+
+def _look(cells: Sequence[str], is_key: bool) -> str:
+    """Return the attributes of a column's cells."""
+    longest = max(map(len, cells))
+    if longest > _LONG:
+        return ' class="text" dir="auto"'
+    if is_key:
+        return ' class="name"' if longest > _NAME else ""
+    return ' class="figure"' if is_figures(cells) else ""
+
+
+def _html(comparison: Comparison, published: Sequence[PublishedResult], name: str) -> str:
     title = html.escape(f"Models on {comparison.dataset}")
     parts = [
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',
         f"<h1>{title}</h1>",
     ]
     for table in tables_of(comparison, published):
-        columns = {column: [row[column] for row in table.rows] for column in table.rows[0]}
-        looks = {
-            column: ' class="figure"' if is_figures(cells) else ' class="text"' * (max(map(len, cells)) > 50)
-            for column, cells in columns.items()
-        }
-        parts.append(f"<h2>{html.escape(table.heading)}</h2>\n<div><table>")
-        parts.append(f"<thead>{row_of('th', [*map(html.escape, columns)])}</thead>\n<tbody>")
-        parts += [row_of("td", [cell(text) for text in row.values()]) for row in table.rows]
-        parts.append("</tbody></table></div>\n<ul>")
-        parts += [f"<li>{html.escape(_with_minus(note))}</li>" for note in table.notes]
-        parts.append("</ul>")
+        parts += [f"<h2>{html.escape(table.heading)}</h2>", html_table(table)]
     return "\n".join([*parts, "</html>"]) + "\n"
 
 

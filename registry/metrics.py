@@ -13,6 +13,11 @@ from .errors import InputError
 
 SIMS_EDGES = {"Mult_acc_2": [0.0], "Mult_acc_3": [-0.1, 0.1], "Mult_acc_5": [-0.7, -0.1, 0.1, 0.7]}
 """A class ends with its edge: (-0.1, 0.1] is neutral."""
+CLASSES = {
+    "mosi": ("−3", "−2", "−1", "0", "+1", "+2", "+3"),
+    "sims": ("negative", "weakly negative", "neutral", "weakly positive", "positive"),
+}
+"""The finest classes of each family, those of `Mult_acc_7` and of `Mult_acc_5`"""
 
 
 def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") -> dict[str, float]:
@@ -55,6 +60,18 @@ def regression(pred: Any, truth: Any, family: Literal["mosi", "sims"] = "mosi") 
     else:
         raise InputError(f"metrics exist for the families mosi and sims, got {family!r}")
     return scores | {"MAE": float(np.abs(p.astype(np.float64) - t).mean()), "Corr": correlation(p, t)}
+
+
+def finest_classes(values: Any, family: Literal["mosi", "sims"]) -> np.ndarray:
+    """Return the numbers (N) of values' (N) classes among `CLASSES`.
+
+    >>> finest_classes([-3.4, -0.5, 0.51], "mosi").tolist()
+    [0, 3, 4]
+    """
+    v = np.asarray(values, dtype=np.float32)
+    if family == "sims":
+        return interval(v.clip(-1, 1), SIMS_EDGES["Mult_acc_5"])
+    return v.clip(-3, 3).round().astype(int) + 3
 
 
 def names_of(family: Literal["mosi", "sims"]) -> list[str]:

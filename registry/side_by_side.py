@@ -54,6 +54,13 @@ def tables_of(comparison: Comparison, published: Sequence[PublishedResult] = ())
     return tables
 
 
+def published_results(plugins: Sequence[str] = ()) -> list[PublishedResult]:
+    """Return everything that is registered of what others have published."""
+    found = Plugins(plugins)
+    specs = [found.load("published", entry.name) for entry in found.entries("published")]
+    return [result for spec in specs for result in spec.results]
+
+
 def of_interest(comparison: Comparison, results: Sequence[PublishedResult]) -> list[PublishedResult]:
     """Return the regression results of the models that are compared, on their dataset."""
     models = {row.model for row in _plain(comparison)}

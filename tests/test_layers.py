@@ -112,6 +112,7 @@ def test_the_registrys_names_are_lazy():
         ["run", "--help"],
         ["labels", "--help"],
         ["data", "from-csd", "--help"],
+        ["report", "--help"],
         ["list", "models"],
         ["list", "datasets", "--json"],
         ["nonsense"],

@@ -106,7 +106,7 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
 
 def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     helps = {}
-    single = ("run", "compare", "table", "list", "describe", "check", "labels", "import-checkpoint")
+    single = ("run", "compare", "table", "report", "list", "describe", "check", "labels", "import-checkpoint")
     for command in (*single, "data from-csd"):
         monkeypatch.setenv("COLUMNS", "200")
         of_group = helps.get(command.split()[0], "")

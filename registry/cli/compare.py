@@ -181,12 +181,10 @@ def _names(text: str | None) -> list[str]:
 
 
 def _published_results(plugin: Sequence[str]) -> list[PublishedResult]:
-    """Return everything that is registered, before anything is trained to stand beside it."""
-    from ..plugins import Plugins
+    """Return what others have published, read before anything is trained to stand beside it."""
+    from ..side_by_side import published_results
 
-    plugins = Plugins(plugin)
-    specs = [plugins.load("published", entry.name) for entry in plugins.entries("published")]
-    return [result for spec in specs for result in spec.results]
+    return published_results(plugin)
 
 
 def _show_comparison(
