@@ -103,6 +103,8 @@ def run(
     dataset: str = "demo",
     *,
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
+    features: Mapping[str, str | Path] | None = None,
     text_encoder: str | None = None,
     seeds: Sequence[int] = (1111,),
     preset: str | None = None,
@@ -123,7 +125,10 @@ def run(
     Args:
         model: a registered name, or `NAME+HOOK` to train it with a hook.
         dataset: a registered name; `"custom"` for any file in the same layout, with `label_range`.
-        data: the feature file; the dataset `"demo"` needs none.
+        data: the feature file, or the name of one that is registered; by default the registered file that fits the
+            model. The dataset `"demo"` needs none.
+        data_root: the folder of registered files; `$MMSA_DATA` or the user's own by default.
+        features: other files for `"text"`, `"audio"` or `"vision"`, joined to the data by the clips' ids.
         text_encoder: `"minilm"`, a hub name or a folder; the dataset's own by default.
         seeds: one run each.
         preset: published hyper-parameters to start from; the model's first by default.
@@ -166,7 +171,16 @@ def run(
     if precision == "bf16" and place.type == "cpu" and _lacks_bf16():
         watcher.note("this processor has no bf16 arithmetic: --precision fp32 is faster on it")
     root = Path(os.path.expanduser(runs))
-    job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
+    job = plan.read(
+        data,
+        text_encoder,
+        watcher,
+        data_root=data_root,
+        features=features,
+        device=place,
+        cache=root / ".cache",
+        precision=precision,
+    )
     folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
     faults = {target: fault_of(target) for target in wanted}

@@ -33,6 +33,8 @@ def compare(
     *,
     also_with: Sequence[str] = (),
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
+    features: Mapping[str, str | Path] | None = None,
     text_encoder: str | None = None,
     seeds: Sequence[int] = SEEDS,
     preset: str | None = None,
@@ -55,7 +57,8 @@ def compare(
             `"all"` stands for every registered model that is not named.
         dataset: as for `registry.run`.
         also_with: hooks to add to each model, one row each, where the model allows it.
-        data, text_encoder, label_range, device, precision, graph, runs, plugins: as for `registry.run`.
+        data, data_root, features, text_encoder, label_range, device, precision, graph, runs, plugins: as for
+            `registry.run`.
         seeds: one run each, for every model.
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
@@ -103,11 +106,13 @@ def compare(
             watcher.note(f"{name} is left out: {error}")
             del plans[name]
         else:
-            made_plan.place_of(data)
+            made_plan.place_of(data, data_root)
             check_metrics(metrics, made_plan.metrics)
     options: dict[str, Any] = {
         "dataset": dataset,
         "data": data,
+        "data_root": data_root,
+        "features": features,
         "text_encoder": text_encoder,
         "seeds": seeds,
         "label_range": label_range,

@@ -23,8 +23,10 @@ FORMAT = 2
 
 SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
-_LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
+LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
 _MOST_FAULTS = 20
+_MOST_PADDING = 100
+"""times as long as they are may sequences become by padding"""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -188,6 +190,8 @@ def _padded(value: Any) -> tuple[Any, list[int] | None]:
     if len({array.shape[1] for array in whole}) > 1:
         return rows, None
     steps = [len(array) if array.size else 0 for array in arrays]
+    if len(arrays) * max(steps) > max(_MOST_PADDING * sum(steps), 1_000_000):  # else a small file could fill the memory
+        return rows, None
     with np.errstate(over="ignore", invalid="ignore"):
         result = np.zeros((len(arrays), max(steps), whole[0].shape[1]), dtype=np.float32)
         for row, (array, length) in enumerate(zip(arrays, steps, strict=True)):
@@ -246,12 +250,12 @@ class Check:
 
     def presence(self, raw: dict[str, dict[str, Any]]) -> None:
         for split, arrays in raw.items():
-            for key in ("id", _LABELS["M"]):
+            for key in ("id", LABELS["M"]):
                 if key not in arrays:
                     self.fault(f"{split}: {key}", "one a clip", "nothing")
             if not any(key in arrays for key in _INPUTS):
                 self.fault(split, f"at least one of {', '.join(_INPUTS)}", "none")
-        for key in (*_INPUTS, *list(_LABELS.values())[1:]):
+        for key in (*_INPUTS, *list(LABELS.values())[1:]):
             having = [split for split in raw if key in raw[split]]
             for split in raw:
                 if having and split not in having:
@@ -261,7 +265,7 @@ class Check:
         ids = self.strings(f"{split}: id", arrays.pop("id", None)) or []
         clips = len(ids) if ids else None
         result = SplitArrays(ids=ids, labels={})
-        for task, key in _LABELS.items():
+        for task, key in LABELS.items():
             labels = self.numbers(f"{split}: {key}", arrays.pop(key, None), 1, clips)
             if labels is not None:
                 result.labels[task] = self.in_range(f"{split}: {key}", labels, ids)
@@ -335,13 +339,13 @@ class Check:
             return np.require(array, np.int64 if whole else np.float32, ["C", "W"])
 
     def in_range(self, where: str, labels: np.ndarray, ids: list[str]) -> np.ndarray:
-        wrong = np.flatnonzero(~(np.abs(labels) <= self.label_range + 1e-6))
+        wrong = np.flatnonzero(~(np.abs(labels) <= self.label_range + 1e-6) | ~np.isfinite(labels))
         if len(wrong):
             clip = f"clip {ids[wrong[0]]!r}" if ids else f"row {wrong[0]}"
             count = f" ({len(wrong)} such labels)" if len(wrong) > 1 else ""
             self.fault(
                 where,
-                f"labels from {-self.label_range:g} to {self.label_range:g}",
+                f"labels from {-self.label_range:g} to {self.label_range:g}" if self.label_range < np.inf else "finite",
                 f"{labels[wrong[0]]:.8g} at {clip}{count}",
             )
         return labels
