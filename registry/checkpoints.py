@@ -64,9 +64,8 @@ def import_checkpoint(
     if data is not None or (not plan.dataset.generate and Store(data_root).files(dataset)):
         job = plan.read(data, text_encoder, Watcher(), data_root=data_root)
         if wrong := {k: v for k, v in found["dims"].items() if job.info.dims.get(k) != v}:
-            raise InputError(
-                f"{path} was trained on features of width {wrong}, {job.file and job.file.name} has {dict(job.info.dims)}"
-            )
+            name = data or (job.file and job.file.name)
+            raise InputError(f"{path} was trained on features of width {wrong}, {name} has {dict(job.info.dims)}")
     else:
         info = DataInfo(
             name=dataset,

@@ -17,6 +17,7 @@ from .benchmark import checked_precision, checked_seeds, find_device
 from .comparison import Comparison, Row, check_metrics, controls_of
 from .config import accepts, keys_of, parse_settings
 from .contract import HookSpec, ModelSpec
+from .data.modality_files import checked_paths
 from .errors import BenchmarkError, InputError, unknown
 from .jobs import make_plan
 from .parallel import at_once, in_turn
@@ -97,6 +98,7 @@ def compare(
     _check_used(shared, preset, plans, watcher)
     checked_seeds(seeds)
     checked_precision(precision, find_device(device))
+    checked_paths(features)
     for name, plan in list(plans.items()):  # all that can be told before anything is trained
         try:
             made_plan = make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)

@@ -122,7 +122,7 @@ def test_the_second_read_neither_hashes_nor_opens_the_file(tmp_path, folder, mon
     path, calls = feature_file(tmp_path), used(monkeypatch)
     first = read(path, folder)
     assert (calls, len(first.notes)) == (["hash", "pickle"], 1)
-    assert first.notes[0].startswith(f"features.pkl is kept in {folder} for a quick start next time (0 MB")
+    assert first.notes[0].startswith(f"features.pkl is kept in {folder} for a quick start next time (")
     assert read(path, folder).notes == []
     assert calls == ["hash", "pickle"]
 

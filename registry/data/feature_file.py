@@ -24,6 +24,8 @@ FORMAT = 2
 SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
+KEYS = ("id", *_INPUTS, "text_lengths", "audio_lengths", "vision_lengths", *LABELS.values())
+"""what is read of a split"""
 _MOST_FAULTS = 20
 _MOST_PADDING = 100
 """times as long as they are may sequences become by padding"""
@@ -127,6 +129,8 @@ def read_content(path: Path, label_range: float) -> dict[str, Any]:
 
 def size(count: int) -> str:
     """Return a number of bytes for people."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -163,5 +163,6 @@ def _gathered(values: Mapping[str, Any], places: list[tuple[str, int]]) -> Any:
     for split, value in values.items():
         at = [number for number, (of, _) in enumerate(places) if of == split]
         rows = [row for of, row in places if of == split]
-        made[(at, *map(slice, value.shape[1:]))] = value[rows]
+        padding = [(0, most - there) for most, there in zip(shape, value.shape[1:], strict=True)]
+        made[at] = np.pad(value[rows], [(0, 0), *padding])
     return made

@@ -17,15 +17,10 @@ import numpy as np
 from registry.errors import InputError, unknown
 from registry.runs import require_file, write_file
 
-from .feature_file import LABELS, SPLITS, Check, FeatureFile, file_sha256
+from .feature_file import KEYS, LABELS, SPLITS, Check, FeatureFile, file_sha256
 
 _UNREAD = ("annotations", "classification_labels")
 """keys of MMSA's files that are read by nobody here, and kept"""
-_KEYS = (
-    *("id", "raw_text", "text_bert", "text", "audio", "vision"),
-    *("text_lengths", "audio_lengths", "vision_lengths"),
-    *LABELS.values(),
-)
 
 
 def write_feature_file(
@@ -104,8 +99,8 @@ def _flat(check: Check, split: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 check.faults.append(f"{split}: labels {task} and {LABELS[task]} say the same thing; give one")
             else:
                 arrays[LABELS[task]] = values
-    for key in arrays.keys() - {*_KEYS, *_UNREAD}:
-        check.faults.append(f"{split}: {unknown('key', str(key), (*_KEYS, 'labels'))}")
+    for key in arrays.keys() - {*KEYS, *_UNREAD}:
+        check.faults.append(f"{split}: {unknown('key', str(key), (*KEYS, 'labels'))}")
     return {key: value if key in _UNREAD else _own(value) for key, value in arrays.items()}
 
 
