@@ -111,6 +111,8 @@ class Plan:
         known = self.dataset.sha256
         if isinstance(place, Registered):
             file = place.read(label_range=self.label_range, known_sha256=known)
+            if data is None:
+                file.notes.insert(0, f"the data is {place.name}, as it was registered on {place.added[:10]}")
         elif place is not None:
             file = read_feature_file(place, label_range=self.label_range, known_sha256=known, cache=cache)
         else:

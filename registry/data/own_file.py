@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from registry.errors import InputError, unknown
+from registry.errors import InputError, one_line, unknown
 from registry.runs import require_file, write_file
 
 from .feature_file import KEYS, LABELS, SPLITS, Check, FeatureFile, file_sha256
@@ -101,11 +101,17 @@ def _flat(check: Check, split: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 arrays[LABELS[task]] = values
     for key in arrays.keys() - {*KEYS, *_UNREAD}:
         check.faults.append(f"{split}: {unknown('key', str(key), (*KEYS, 'labels'))}")
-    return {key: value if key in _UNREAD else _own(value) for key, value in arrays.items()}
+    for key in arrays.keys() - set(_UNREAD):
+        try:
+            arrays[key] = _own(arrays[key])
+        except Exception as error:  # of another library's array, as one on a GPU
+            check.faults.append(f"{split}: {key}: cannot be made an array: {one_line(error)}")
+            arrays[key] = None
+    return arrays
 
 
 def _own(value: Any) -> Any:
     """Return a copy of an array, also of another library's, and of a list of them; anything else as it is."""
     if isinstance(value, list | tuple):
         return [np.asarray(item) if hasattr(item, "__array__") else item for item in value]
-    return np.array(value) if hasattr(value, "__array__") else value
+    return np.asarray(value).copy() if hasattr(value, "__array__") else value

@@ -192,8 +192,8 @@ class Store:
         verified = sha256 in spec.sha256.values()
         published = spec.sha256.get(path.name)
         if published and sha256 != published and not unverified:
-            theirs = {digest: f"{other.name}'s {name}" for other in others for name, digest in other.sha256.items()}
-            whose = f" (it is the published one of {theirs[sha256]})" if sha256 in theirs else ""
+            theirs = {digest: f"{name} of {other.name}" for other in others for name, digest in other.sha256.items()}
+            whose = f" (it is the published {theirs[sha256]})" if sha256 in theirs else ""
             raise InputError(
                 f"{path} is not the published {path.name} of {spec.name}{whose}: its SHA-256 is {sha256}, that of the "
                 f"published file {published}; fetch it again, rename it, or pass --unverified to take it all the same"
