@@ -203,8 +203,9 @@ def _verdict(file: Registered) -> str:
 def _show(found: Inspection) -> None:
     from ..data.feature_file import SPLITS, size
 
-    screen.say(f"[bold]{escape(found.path)}[/]: {size(found.size)}, SHA-256 {found.sha256}")
-    screen.say(f"published file: {escape(found.published or 'no')}; {'aligned' if found.aligned else 'unaligned'}")
+    verdict = f"the published {found.published}" if found.published else "no published file that is known"
+    screen.say(f"[bold]{escape(found.path)}[/]: {size(found.size)}, {'aligned' if found.aligned else 'unaligned'}")
+    screen.say(f"SHA-256 {found.sha256}: {escape(verdict)}")
     splits = {name: found.splits[name] for name in SPLITS if name in found.splits}
     keys = list(dict.fromkeys(key for split in splits.values() for key in split.keys))
     rows = []

@@ -7,15 +7,17 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from registry.contract import DatasetSpec
 from registry.errors import InputError
 
 from .feature_file import KEYS, SPLITS, Check, SplitArrays, file_sha256
 from .safe_pickle import load_pickle, plain
+
+if TYPE_CHECKING:
+    from registry.contract import DatasetSpec
 
 BINS = 11
 """of the histogram of labels"""
@@ -75,7 +77,7 @@ class Inspection:
     size: int
     sha256: str
     published: str | None
-    """the dataset and the published file that it is, as `mosi: unaligned_50.pkl`; None where it is none"""
+    """the published file that it is, as `unaligned_50.pkl of mosi`; None where it is none"""
     dataset: str | None
     """whose facts it was checked against"""
     label_range: float | None
@@ -115,7 +117,7 @@ def inspect_feature_file(
     dataset = dataset or (known[0][0] if known else None)
     spec = specs.get(dataset or "")
     limit = label_range if label_range is not None else spec.label_range if spec else None
-    published = f"{known[0][0]}: {known[0][1]}" if known else None
+    published = f"{known[0][1]} of {known[0][0]}" if known else None
     found = Inspection(str(path), path.stat().st_size, sha256, published, dataset, limit)
     check = Check(math.inf if limit is None else limit)
     try:

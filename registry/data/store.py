@@ -18,14 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from registry.contract import DatasetSpec
 from registry.errors import InputError
 
 from .cache import SPARE, stamp
 from .feature_file import FORMAT, Check, FeatureFile, file_sha256, made_of, read_content, size
 from .mapped import Told, read_mapped, size_of, sweep, write_mapped
+
+if TYPE_CHECKING:
+    from registry.contract import DatasetSpec
 
 VARIABLE = "MMSA_DATA"
 _SUFFIX = ".safetensors"
