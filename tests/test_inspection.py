@@ -33,7 +33,7 @@ def test_what_is_in_it(tmp_path):
     assert not train.keys["annotations"].is_read
     lengths = wanted["vision_lengths"]
     assert train.lengths["vision"] == (min(lengths), np.median(lengths), max(lengths))
-    assert train.lengths["text"] == (3, 6, 9)
+    assert train.lengths["text"] == (3, 5.5, 9)
     assert train.sample == wanted["raw_text"][0]
 
 

@@ -109,6 +109,9 @@ def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     for command in ("run", "compare", "table", "list", "describe", "check", "labels", "import-checkpoint"):
         monkeypatch.setenv("COLUMNS", "200")
         helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
+    subcommands = {"add", "list", "remove", "get", "check"}
+    assert set(re.findall(r"benchmark data ([a-z-]+)", README)) <= subcommands
+    helps["data"] = "".join(benchmark(monkeypatch, capsys, f"benchmark data {name} --help") for name in subcommands)
     named = set(re.findall(r"benchmark ([a-z-]+)", README)) - {"run"}
     assert named <= helps.keys()
     for line in re.findall(r"benchmark (?:[a-z-]+)[^`\n]*", README):
