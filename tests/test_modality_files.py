@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from MMSA.data_loader import MMDataset
 
 from registry import FeatureFile, InputError
 from registry.data.feature_file import read_feature_file
@@ -103,6 +104,25 @@ def test_the_content_of_every_file_enters_the_identity_and_no_path_does(tmp_path
     job = plan.read(data, encoder, Watcher(), features={"audio": two})
     assert job.protocol()["data"] == "unaligned, audio of two.pkl"
     assert "audio is that of two.pkl: 16 of its 16 clips, joined by id" in job.notes
+
+
+def test_in_the_same_order_it_is_what_upstream_makes_of_it(tmp_path):
+    data = feature_file(tmp_path)
+    other = feature_file(
+        tmp_path, name="other.pkl", audio=lambda audio: audio[:, :, :2] + 1, audio_lengths=lambda n: n[::-1]
+    )
+    options = {
+        "dataset_name": "mosi",
+        "custom_feature": "",
+        "featurePath": data,
+        "use_bert": True,
+        "need_data_aligned": 0,
+    }
+    options |= {"feature_dims": [0, 0, 0], "feature_T": "", "feature_A": other, "feature_V": ""}
+    for split, ours in joined(base(tmp_path), audio=other).splits.items():
+        theirs = MMDataset(options, mode=split)
+        np.testing.assert_array_equal(theirs.audio, ours.audio)
+        np.testing.assert_array_equal(theirs.audio_lengths, ours.audio_lengths)
 
 
 # --- text

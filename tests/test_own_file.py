@@ -53,9 +53,11 @@ def test_sequences_of_different_lengths_are_padded(tmp_path):
     splits = {name: {**make_split(n, prefix=name), "audio": ragged(n)} for name, n in SIZES.items()}
     for split in splits.values():
         del split["audio_lengths"]
+    splits["test"]["audio"] = splits["test"]["audio"][:1] * 4
     write_feature_file(tmp_path / "x.pkl", splits)
-    train = read(tmp_path / "x.pkl").splits["train"]
-    assert train.audio.shape == (8, 3, 3)
+    train, _, test = read(tmp_path / "x.pkl").splits.values()
+    assert (train.audio.shape, test.audio.shape) == ((8, 3, 3), (4, 3, 3))
+    assert test.audio_lengths.tolist() == [1, 1, 1, 1]
     assert train.audio_lengths.tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
     assert train.audio[1, :, 0].tolist() == [2, 2, 0]
 

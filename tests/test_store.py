@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from registry import DatasetSpec, InputError, load_run, run
 from registry.data import feature_file as reader
+from registry.data import mapped
 from registry.data import store as module
 from registry.data.feature_file import file_sha256, read_feature_file
 from registry.data.store import Store, data_root
@@ -250,6 +251,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, store, monkeypatch):
         patch.setattr(os, "fsync", refuse)
         assert "cannot be written: No space left on device" in refusal(store.add, MINE, path)
     assert list((store.root / "mine").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped, "_LONGEST_HEADER", 1000)
+        assert "its ids and texts are too long" in refusal(store.add, MINE, path)
     store.root.joinpath("mine").rmdir()
     (store.root / "mine").write_text("")
     assert "cannot be written" in refusal(store.add, MINE, path)

@@ -73,7 +73,7 @@ def add(
             failed = True
             continue
         for note in found.notes:
-            screen.tell(escape(note))
+            screen.tell(escape(f"{file.name}: {note}"))
         state = "registered" if is_new else "registered already, nothing to do"
         same = "" if found.name == file.name else f" as {found.name}"
         kind = "aligned" if found.aligned else "unaligned"
@@ -247,7 +247,7 @@ def _show(found: Inspection) -> None:
         screen.say(f"[yellow]note:[/] {escape(note)}")
     for fault in found.faults:
         screen.say(f"[bold red]fault:[/] {escape(fault)}")
-    screen.say(f"{len(found.faults)} faults" if found.faults else "no faults")
+    screen.say({0: "no faults", 1: "1 fault"}.get(len(found.faults), f"{len(found.faults)} faults"))
 
 
 def _show_lengths(by_split: dict[str, dict[str, tuple[int, float, int] | None]]) -> None:

@@ -398,10 +398,10 @@ class Check:
         for split, arrays in splits.items():
             if arrays.text is not None:
                 value = raw[split].pop("text_lengths", None)
-                if arrays.text_bert is not None and arrays.text.shape[1] == arrays.text_bert.shape[2]:
-                    arrays.text_lengths = arrays.text_bert[:, 1].sum(axis=1)
-                elif value is not None:
+                if value is not None:
                     arrays.text_lengths = self.given_lengths(f"{split}: text_lengths", value, arrays.text)
+                elif arrays.text_bert is not None and arrays.text.shape[1] == arrays.text_bert.shape[2]:
+                    arrays.text_lengths = arrays.text_bert[:, 1].sum(axis=1)
                 elif aligned and arrays.text_bert is None:
                     arrays.text_lengths = np.array([_last_step(clip) for clip in arrays.text], dtype=np.int64)
                     self.notes.append(f"{split}: lengths are those of text, whose padding is zero")

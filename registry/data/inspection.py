@@ -108,7 +108,7 @@ def inspect_feature_file(
         label_range: labels lie in ± this; the dataset's own by default.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or the label range is none.
     """
     path = Path(os.path.expanduser(path))
     specs = {spec.name: spec for spec in datasets}
@@ -117,6 +117,8 @@ def inspect_feature_file(
     dataset = dataset or (known[0][0] if known else None)
     spec = specs.get(dataset or "")
     limit = label_range if label_range is not None else spec.label_range if spec else None
+    if limit is not None and not limit > 0:
+        raise InputError(f"--label-range must be a positive number, got {limit:g}")
     published = f"{known[0][1]} of {known[0][0]}" if known else None
     found = Inspection(str(path), path.stat().st_size, sha256, published, dataset, limit)
     check = Check(math.inf if limit is None else limit)

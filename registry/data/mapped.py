@@ -6,6 +6,7 @@ header or made for another key is refused. (What stands in arrays is not checked
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -133,6 +134,8 @@ def _serialised(content: dict[str, Any], key: list[Any]) -> list[bytes | memoryv
     header["__metadata__"] = {"content": rest, "digest": _digest(header, rest, key)}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > _LONGEST_HEADER:
+        raise OSError(errno.EFBIG, "its ids and texts are too long")
     return [len(encoded).to_bytes(8, "little"), encoded, *(arrays[name].data.cast("B") for name in order)]
 
 

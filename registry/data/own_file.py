@@ -17,7 +17,7 @@ import numpy as np
 from registry.errors import InputError, one_line, unknown
 from registry.runs import require_file, write_file
 
-from .feature_file import KEYS, LABELS, SPLITS, Check, FeatureFile, file_sha256
+from .feature_file import KEYS, LABELS, SPLITS, Check, FeatureFile, SplitArrays, file_sha256
 
 _UNREAD = ("annotations", "classification_labels")
 """keys of MMSA's files that are read by nobody here, and kept"""
@@ -60,6 +60,8 @@ def write_feature_file(
     unread = {name: {key: arrays.pop(key) for key in _UNREAD if key in arrays} for name, arrays in content.items()}
     made, aligned = check.file(content)
     check.refuse(path)
+    if not aligned:
+        _to_one_length(made)
     file = FeatureFile(path.name, made, aligned, "", check.notes)
     layout = layout_of(file)
     for name, arrays in unread.items():
@@ -72,6 +74,17 @@ def write_feature_file(
     write_file(path, write)
     file.sha256 = file_sha256(path)
     return file
+
+
+def _to_one_length(splits: Mapping[str, SplitArrays]) -> None:
+    """Pad each modality whose lengths are known to one length in all splits: upstream takes it from train alone."""
+    for key in ("text", "audio", "vision"):
+        having = [split for split in splits.values() if getattr(split, f"{key}_lengths") is not None]
+        longest = max((getattr(split, key).shape[1] for split in having), default=0)
+        for split in having:
+            features = getattr(split, key)
+            if features.shape[1] < longest:
+                setattr(split, key, np.pad(features, ((0, 0), (0, longest - features.shape[1]), (0, 0))))
 
 
 def layout_of(file: FeatureFile) -> dict[str, dict[str, Any]]:
