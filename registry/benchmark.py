@@ -163,6 +163,8 @@ def run(
         hooks=hooks,
         label_range=label_range,
         plugins=plugins,
+        data=data,
+        data_root=data_root,
     )
     place = find_device(device)
     asked, precision = precision, checked_precision(precision, place, trains_text="text" in plan.needs)

@@ -60,7 +60,15 @@ def import_checkpoint(
     state = _read_weights(path)
     with blaming(f"importing {path} as a checkpoint of {model}"):
         found = importer(state)
-    plan = make_plan(model, dataset, config=found["config"], label_range=label_range, plugins=plugins)
+    plan = make_plan(
+        model,
+        dataset,
+        config=found["config"],
+        label_range=label_range,
+        plugins=plugins,
+        data=data,
+        data_root=data_root,
+    )
     if data is not None or (not plan.dataset.generate and Store(data_root).files(dataset)):
         job = plan.read(data, text_encoder, Watcher(), data_root=data_root)
         if wrong := {k: v for k, v in found["dims"].items() if job.info.dims.get(k) != v}:

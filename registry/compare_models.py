@@ -101,7 +101,15 @@ def compare(
     checked_paths(features)
     for name, plan in list(plans.items()):  # all that can be told before anything is trained
         try:
-            made_plan = make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
+            made_plan = make_plan(
+                plan.model,
+                dataset,
+                label_range=label_range,
+                plugins=plugins,
+                data=data,
+                data_root=data_root,
+                **plan.options,
+            )
         except InputError as error:
             if name not in optional:
                 raise InputError(f"{name}: {error}") from error

@@ -271,8 +271,12 @@ def make_plan(
     hooks: Sequence[str] = (),
     label_range: float | None = None,
     plugins: Sequence[str] = (),
+    data: str | Path | None = None,
+    data_root: str | Path | None = None,
 ) -> Plan:
     """Find the plugins and resolve the configuration; arguments as for `registry.run`.
+
+    `data` and `data_root` are asked for the label range alone, where neither the user nor the dataset says it.
 
     Raises:
         InputError: a name is unknown, a hook is given twice, or the configuration has faults.
@@ -291,6 +295,8 @@ def make_plan(
             defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
         )
     limit = dataset_spec.label_range if label_range is None else label_range
+    if limit is None and (data is None or not os.path.lexists(os.path.expanduser(data))):
+        limit = Store(data_root).label_range(dataset, None if data is None else str(data))
     if limit is None:
         raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
     if not 0 < limit <= float(np.finfo(np.float32).max):

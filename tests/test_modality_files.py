@@ -136,11 +136,18 @@ def test_new_words_take_the_place_of_all_text(tmp_path):
 
 
 def test_text_features_alone_leave_the_words(tmp_path):
-    file = base(tmp_path)
-    path = part(tmp_path, raw_text=None, text_bert=None, text=lambda arrays: np.ones((len(arrays["id"]), 9, 2)))
-    made = joined(file, text=path)
-    assert made.splits["train"].raw_text == file.splits["train"].raw_text
-    assert made.splits["train"].text_lengths.tolist() == file.splits["train"].text_bert[:, 1].sum(axis=1).tolist()
+    def features(steps):
+        return lambda arrays: np.ones((len(arrays["id"]), steps, 2))
+
+    content = {split: make_split(n, prefix=split) for split, n in SIZES.items()}
+    content = {split: {**arrays, "text": features(9)(arrays)} for split, arrays in content.items()}
+    file = read_feature_file(write_features(tmp_path / "features.pkl", content), label_range=3.0)
+    for steps in (9, 5):
+        path = part(tmp_path, raw_text=None, text_bert=None, text=features(steps))
+        made = joined(file, text=path)
+        assert made.splits["train"].raw_text == file.splits["train"].raw_text
+        assert made.splits["train"].text.shape == (8, steps, 2)
+        assert (made.splits["train"].text_lengths is None) == (steps == 5)
     assert "part.pkl has text features alone: the words stay those of features.pkl" in made.notes
 
 
@@ -169,8 +176,8 @@ def test_every_clip_must_be_there_and_all_faults_are_listed(tmp_path):
     ids = part(tmp_path, id=lambda arrays: [f"{clip}x" for clip in arrays["id"]])
     no_lengths = part(tmp_path, name="b.pkl", vision="x")
     message = refusal(file, audio=ids, vision=no_lengths)
-    assert "no 'train$_$0' of train (8 clips lack)" in message
-    assert "no 'test$_$0' of test (4 clips lack)" in message
+    assert "no 'train$_$0' of train (8 clips)" in message
+    assert "no 'test$_$0' of test (4 clips)" in message
     assert f"{no_lengths} cannot be used" in message
 
 

@@ -122,6 +122,23 @@ def test_what_is_written_to_an_array_stays_in_the_process(tmp_path, store):
     assert torch.from_numpy(store.find("mine").read(label_range=3.0).splits["train"].audio).equal(torch.tensor(before))
 
 
+def test_the_label_range_of_custom_data_is_given_once(tmp_path, store):
+    def limit(**data) -> float:
+        return make_plan("text_only", "custom", data_root=store.root, **data).label_range
+
+    one = feature_file(tmp_path)
+    custom = make_plan("text_only", "custom", label_range=3.0).dataset
+    store.add(custom, one, label_range=3.5)
+    assert (limit(), limit(data="features"), limit(label_range=4.0)) == (3.5, 3.5, 4.0)
+    assert "registered with labels within ±3.5, not ±3: pass --replace" in refusal(
+        store.add, custom, one, label_range=3
+    )
+    store.add(custom, feature_file(tmp_path, name="b.pkl", audio=lambda audio: audio + 1), label_range=3.0)
+    assert limit(data="b.pkl") == 3.0
+    for data in (None, one, "x"):
+        assert "needs --label-range" in refusal(limit, data=data)
+
+
 # --- the published files
 
 

@@ -152,7 +152,7 @@ def file_sha256(path: Path, told: Told | None = None) -> str:
     return digest.hexdigest()
 
 
-def _listing(path: Path, faults: list[str]) -> str:
+def _listing(path: Path | str, faults: list[str]) -> str:
     if len(faults) == 1:
         return f"{path} cannot be used: {faults[0]}"
     lines = [f"{path} cannot be used: {len(faults)} faults", *faults[:_MOST_FAULTS]]
@@ -226,10 +226,10 @@ class Check:
         self.faults: list[str] = []
         self.notes: list[str] = []
 
-    def refuse(self, path: Path) -> None:
-        """Raise an InputError that lists the faults of what is said to be from `path`, if there are any."""
+    def refuse(self, what: Path | str) -> None:
+        """Raise an InputError that lists the faults, if there are any; `what` names the file that has them."""
         if self.faults:
-            raise InputError(_listing(path, self.faults))
+            raise InputError(_listing(what, self.faults))
 
     def fault(self, where: str, expected: str, found: str) -> None:
         self.faults.append(f"{where}: expected {expected}, found {found}")

@@ -71,15 +71,16 @@ def with_features(file: FeatureFile, features: Paths, *, label_range: float) -> 
     layout, notes = layout_of(file), list(file.notes)
     for modality, (part, said) in parts.items():
         words = any(key in part["train"] for key in _WORDS)
-        replaced = set(part["train"]) if modality == "text" and not words else {*KEYS[modality]}
-        if modality == "text" and not words and any(key in layout["train"] for key in _WORDS):
+        alone = modality == "text" and not words
+        replaced = {*KEYS[modality]} - ({*_WORDS} if alone else set())
+        if alone and any(key in layout["train"] for key in _WORDS):
             said = [*said, f"{paths[modality].name} has text features alone: the words stay those of {file.name}"]
         for split, arrays in part.items():
             layout[split] = {k: v for k, v in layout[split].items() if k not in replaced} | arrays
         notes += said
     check = Check(label_range)
     splits, aligned = check.file({name: dict(arrays) for name, arrays in layout.items()})
-    check.refuse(Path(f"{file.name} with {' and '.join(f'{name} of {path.name}' for name, path in paths.items())}"))
+    check.refuse(f"{file.name} with {' and '.join(f'{name} of {path.name}' for name, path in paths.items())}")
     hashes = {modality: file_sha256(path) for modality, path in paths.items()}
     return FeatureFile(
         file.name,
@@ -150,7 +151,7 @@ def _places(check: Check, parts: Mapping[str, SplitArrays], file: FeatureFile) -
     for split, arrays in file.splits.items():
         lacking = [clip for clip in arrays.ids if clip not in known]
         if lacking and known:
-            check.fault("id", f"every clip of {file.name}", f"no {lacking[0]!r} of {split} ({len(lacking)} clips lack)")
+            check.fault("id", f"every clip of {file.name}", f"no {lacking[0]!r} of {split} ({len(lacking)} clips)")
     return {split: [known[clip] for clip in arrays.ids if clip in known] for split, arrays in file.splits.items()}
 
 

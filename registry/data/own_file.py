@@ -51,6 +51,8 @@ def write_feature_file(
     path = Path(os.path.expanduser(path))
     require_file(path, "path")
     check = Check(math.inf if label_range is None else label_range)
+    if label_range is not None and not label_range > 0:
+        raise InputError(f"label_range must be a positive number, got {label_range}")
     if not isinstance(splits, Mapping):
         raise InputError(f"splits must be a dict of {', '.join(SPLITS)}, got a {type(splits).__name__}")
     for name in splits:

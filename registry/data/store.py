@@ -65,6 +65,8 @@ class Registered:
     aligned: bool = False
     verified: bool = False
     """whether it is one of the dataset's published files"""
+    label_range: float = 0.0
+    """labels lie in ± this"""
     notes: list[str] = field(default_factory=list)
     source: str = ""
     """where it lay"""
@@ -89,7 +91,7 @@ class Registered:
             for split, arrays in file.splits.items():
                 for task, labels in arrays.labels.items():
                     check.in_range(f"{split}: labels {task}", labels, arrays.ids)
-            check.refuse(Path(self.name))
+            check.refuse(self.name)
             return file
         raise InputError(self.fault)
 
@@ -155,6 +157,12 @@ class Store:
             )
         return fitting[0]
 
+    def label_range(self, dataset: str, name: str | None = None) -> float | None:
+        """Return the label range that a dataset's registered files have, or those of a name; None where they differ."""
+        files = [file for file in self.files(dataset) if file.fault is None]
+        ranges = {file.label_range for file in files if name in (None, file.name, Path(file.name).stem)}
+        return ranges.pop() if len(ranges) == 1 else None
+
     def add(
         self,
         spec: DatasetSpec,
@@ -203,8 +211,13 @@ class Store:
         files = [file for file in self.files(spec.name) if file.fault is None]
         if not replace:
             for file in files:
-                if file.sha256 == sha256:
+                if file.sha256 == sha256 and file.label_range == limit:
                     return file, False
+                if file.sha256 == sha256:
+                    raise InputError(
+                        f"{path.name} of {spec.name} is registered with labels within ±{file.label_range:g}, not "
+                        f"±{limit:g}: pass --replace"
+                    )
                 if file.name == path.name:
                     raise InputError(
                         f"{path.name} of {spec.name} is registered with other content (SHA-256 {file.sha256}, that of "
@@ -221,6 +234,7 @@ class Store:
             "name": path.name,
             "sha256": sha256,
             "verified": verified,
+            "label_range": float(limit),
             "source": str(path.absolute()),
             "added": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
@@ -276,7 +290,7 @@ def _registered(path: Path) -> Registered:
     if content.get("format") != FORMAT:
         again = f"benchmark data add {dataset} {shlex.quote(str(content.get('source', 'FILE')))}"
         return Registered(path, dataset, name, found, fault=f"{path} is of another version: type `{again}` once more")
-    known = {key: content[key] for key in ("sha256", "aligned", "verified", "notes", "source", "added")}
+    known = {key: content[key] for key in ("sha256", "aligned", "verified", "label_range", "notes", "source", "added")}
     clips = {split: len(arrays["ids"]) for split, arrays in content["splits"].items()}
     return Registered(path, dataset, name, found, **known, clips=clips)
 
