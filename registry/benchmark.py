@@ -105,6 +105,8 @@ def run(
     dataset: str = "demo",
     *,
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
+    features: Mapping[str, str | Path] | None = None,
     text_encoder: str | None = None,
     seeds: Sequence[int] = (1111,),
     preset: str | None = None,
@@ -126,7 +128,10 @@ def run(
     Args:
         model: a registered name, or `NAME+HOOK` to train it with a hook.
         dataset: a registered name; `"custom"` for any file in the same layout, with `label_range`.
-        data: the feature file; the dataset `"demo"` needs none.
+        data: the feature file, or the name of one that is registered; by default the registered file that fits the
+            model. The dataset `"demo"` needs none.
+        data_root: the folder of registered files; `$MMSA_DATA` or the user's own by default.
+        features: other files for `"text"`, `"audio"` or `"vision"`, joined to the data by the clips' ids.
         text_encoder: `"minilm"`, a hub name or a folder; the dataset's own by default.
         seeds: one run each.
         preset: published hyper-parameters to start from; the model's first by default.
@@ -163,6 +168,8 @@ def run(
         hooks=hooks,
         label_range=label_range,
         plugins=plugins,
+        data=data,
+        data_root=data_root,
     )
     place = find_device(device)
     if deterministic and place.type == "cuda":
@@ -175,7 +182,16 @@ def run(
     root = Path(os.path.expanduser(runs))
     if not (root / plan.name / plan.dataset.name).is_dir():  # else what is wanted may be there, and only read
         require_writable(root)
-    job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
+    job = plan.read(
+        data,
+        text_encoder,
+        watcher,
+        data_root=data_root,
+        features=features,
+        device=place,
+        cache=root / ".cache",
+        precision=precision,
+    )
     folder = root / plan.name / plan.dataset.name / job.identity()
     wanted = [folder / str(seed) for seed in seeds]
     faults = {target: fault_of(target) for target in wanted}

@@ -15,6 +15,7 @@ from torch import Tensor
 from .benchmark import evaluate
 from .contract import DataInfo, TrainingData
 from .data.feature_file import file_sha256
+from .data.store import Store
 from .errors import InputError, blaming
 from .isolation import isolated
 from .jobs import Job, make_plan
@@ -31,6 +32,7 @@ def import_checkpoint(
     dataset: str,
     *,
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
     text_encoder: str | None = None,
     label_range: float | None = None,
     runs: str | Path = "runs",
@@ -42,7 +44,9 @@ def import_checkpoint(
         model: a model whose spec has `import_checkpoint`.
         file: a state dict that `torch.save` wrote; it is read with weights only.
         dataset: the registered dataset that it was trained on.
-        data: a feature file to test it on.
+        data: a feature file to test it on, or the name of one that is registered; by default the registered file that
+            fits the model, where there is one.
+        data_root: as for `registry.run`.
         text_encoder: the encoder it was trained with, for its configuration and its tokenizer.
         label_range, runs, plugins: as for `registry.run`.
 
@@ -56,11 +60,20 @@ def import_checkpoint(
     state = _read_weights(path)
     with blaming(f"importing {path} as a checkpoint of {model}"):
         found = importer(state)
-    plan = make_plan(model, dataset, config=found["config"], label_range=label_range, plugins=plugins)
-    if data is not None:
-        job = plan.read(data, text_encoder, Watcher())
+    plan = make_plan(
+        model,
+        dataset,
+        config=found["config"],
+        label_range=label_range,
+        plugins=plugins,
+        data=data,
+        data_root=data_root,
+    )
+    if data is not None or (not plan.dataset.generate and Store(data_root).files(dataset)):
+        job = plan.read(data, text_encoder, Watcher(), data_root=data_root)
         if wrong := {k: v for k, v in found["dims"].items() if job.info.dims.get(k) != v}:
-            raise InputError(f"{path} was trained on features of width {wrong}, {data} has {dict(job.info.dims)}")
+            name = data or (job.file and job.file.name)
+            raise InputError(f"{path} was trained on features of width {wrong}, {name} has {dict(job.info.dims)}")
     else:
         info = DataInfo(
             name=dataset,

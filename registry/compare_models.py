@@ -17,6 +17,7 @@ from .benchmark import checked_precision, checked_seeds, find_device
 from .comparison import Comparison, Row, check_metrics, controls_of
 from .config import accepts, keys_of, parse_settings
 from .contract import HookSpec, ModelSpec
+from .data.modality_files import checked_paths
 from .errors import BenchmarkError, InputError, unknown
 from .jobs import make_plan
 from .parallel import at_once, in_turn
@@ -33,6 +34,8 @@ def compare(
     *,
     also_with: Sequence[str] = (),
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
+    features: Mapping[str, str | Path] | None = None,
     text_encoder: str | None = None,
     seeds: Sequence[int] = SEEDS,
     preset: str | None = None,
@@ -56,7 +59,8 @@ def compare(
             `"all"` stands for every registered model that is not named.
         dataset: as for `registry.run`.
         also_with: hooks to add to each model, one row each, where the model allows it.
-        data, text_encoder, label_range, device, precision, graph, deterministic, runs, plugins: as for `registry.run`.
+        data, data_root, features, text_encoder, label_range, device, precision, graph, deterministic, runs, plugins: as
+            for `registry.run`.
         seeds: one run each, for every model.
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
@@ -95,20 +99,31 @@ def compare(
     _check_used(shared, preset, plans, watcher)
     checked_seeds(seeds)
     checked_precision(precision, find_device(device))
+    checked_paths(features)
     for name, plan in list(plans.items()):  # all that can be told before anything is trained
         try:
-            made_plan = make_plan(plan.model, dataset, label_range=label_range, plugins=plugins, **plan.options)
+            made_plan = make_plan(
+                plan.model,
+                dataset,
+                label_range=label_range,
+                plugins=plugins,
+                data=data,
+                data_root=data_root,
+                **plan.options,
+            )
         except InputError as error:
             if name not in optional:
                 raise InputError(f"{name}: {error}") from error
             watcher.note(f"{name} is left out: {error}")
             del plans[name]
         else:
-            made_plan.place_of(data)
+            made_plan.place_of(data, data_root)
             check_metrics(metrics, made_plan.metrics)
     options: dict[str, Any] = {
         "dataset": dataset,
         "data": data,
+        "data_root": data_root,
+        "features": features,
         "text_encoder": text_encoder,
         "seeds": seeds,
         "label_range": label_range,

@@ -308,6 +308,7 @@ class DatasetSpec:
         text_encoder: the default for `--text-encoder`; None where the user must choose.
         splits: published sizes; a note says where a file has others.
         sha256: known files by name.
+        published_at: where their authors publish them, in words.
         presets_of: the dataset whose published hyper-parameters are used; its own by default.
         generate: makes the data, a `registry.FeatureFile`, for a dataset that needs no file.
         epochs: most epochs where the user sets none.
@@ -322,6 +323,7 @@ class DatasetSpec:
     text_encoder: str | None = None
     splits: Mapping[Literal["train", "valid", "test"], int] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
+    published_at: str = ""
     presets_of: str | None = None
     generate: Callable[[], Any] | None = None
     epochs: int | None = None

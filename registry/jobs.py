@@ -20,6 +20,8 @@ from .config import RunConfig, as_typed, resolve
 from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.batches import Split, arrays_of
 from .data.feature_file import FeatureFile, read_feature_file
+from .data.modality_files import Paths, checked_paths, with_features
+from .data.store import Registered, Store
 from .data.text import TextEncoder, find_text_encoder, tokenise, with_frozen_text
 from .errors import InputError, blaming
 from .plugins import Plugins
@@ -88,28 +90,38 @@ class Plan:
 
     def read(
         self,
-        path: str | Path | None,
+        data: str | Path | None,
         text_encoder: str | None,
         watcher: Watcher,
         *,
+        data_root: str | Path | None = None,
+        features: Paths | None = None,
         device: torch.device = CPU,
         cache: Path | None = None,
         precision: str = "fp32",
     ) -> Job:
         """Read the feature file, check it against what the model needs, and tokenise its text.
 
+        `data` and `data_root` are as for `place_of`, `features` as for `with_features`.
         Text features of a frozen encoder are computed on `device` and kept below the folder `cache`.
         """
-        place = self.place_of(path)
+        place = self.place_of(data, data_root)
+        parts = checked_paths(features)
         encoder = self.find_encoder(text_encoder) if "text" in self.needs or text_encoder else None
-        if place is not None:
-            known = self.dataset.sha256
+        known = self.dataset.sha256
+        if isinstance(place, Registered):
+            file = place.read(label_range=self.label_range, known_sha256=known)
+            if data is None:
+                file.notes.insert(0, f"the data is {place.name}, as it was registered on {place.added[:10]}")
+        elif place is not None:
             file = read_feature_file(place, label_range=self.label_range, known_sha256=known, cache=cache)
         else:
             with blaming(f"generate of dataset {self.dataset.name!r}"):
                 file = self.dataset.generate()  # type: ignore[misc]
             if not isinstance(file, FeatureFile):
                 raise InputError(f"generate of dataset {self.dataset.name!r} must return a registry.FeatureFile")
+        if parts:
+            file = with_features(file, parts, label_range=self.label_range)
         _check_needs(self, file)
         notes = [*file.notes, *_oddities(self, file)]
         tokens = None
@@ -144,15 +156,25 @@ class Plan:
         )
         return Job(self, info, file, tokens, notes, precision)
 
-    def place_of(self, path: str | Path | None) -> Path | None:
-        """Return where the feature file lies, None where the dataset makes its own data; raises InputError."""
-        if self.dataset.generate and path is not None:
+    def place_of(self, data: str | Path | None, data_root: str | Path | None = None) -> Path | Registered | None:
+        """Return the feature file or the registered one that is meant, None where the dataset makes its own data.
+
+        Args:
+            data: a path, or the name of a registered file where there is no such path; None for the registered file
+                that fits the model.
+            data_root: the folder of registered files.
+
+        Raises:
+            InputError: there is none, or several could be meant.
+        """
+        if self.dataset.generate and data is not None:
             raise InputError(f"dataset {self.dataset.name!r} makes its own data; leave out --data")
         if self.dataset.generate:
             return None
-        if path is None:
-            raise InputError(f"dataset {self.dataset.name!r} needs --data FILE, its features in MMSA's pickle layout")
-        place = Path(os.path.expanduser(path))
+        place = Path(os.path.expanduser(data)) if data is not None else None
+        if place is None or not os.path.lexists(place):
+            name = None if data is None else str(data)
+            return Store(data_root).find(self.dataset.name, name, aligned="alignment" in self.needs)
         if not place.is_file():  # said before an encoder is fetched
             raise InputError(f"{place} is a folder, expected a file" if place.is_dir() else f"{place} does not exist")
         return place
@@ -214,13 +236,14 @@ class Job:
         published = dataset.label_range in (None, self.plan.label_range)
         without = "the file's text features, frozen" if "text_features" in self.plan.needs else "none"
         borrowed = f" (its values for {dataset.presets_of})" if dataset.presets_of else ""
+        others = [f"{name} of {file}" for name, file in self.file.parts.items()] if self.file else []
         caption = {"note": dataset.caption} if dataset.caption else {}
         return {
             **caption,
             "selection": SELECTION,
             "metrics": f"as defined for {'CH-SIMS' if self.plan.metrics == 'sims' else 'CMU-MOSI'}",
             "labels": f"within ±{self.plan.label_range:g}" + ("" if published else f", not ±{dataset.label_range:g}"),
-            "data": "aligned" if self.info.aligned else "unaligned",
+            "data": ", ".join(["aligned" if self.info.aligned else "unaligned", *others]),
             "text encoder": f"{encoder.name}, {'fine-tuned' if tuned else 'frozen'}" if encoder else without,
             "precision": PRECISIONS[self.precision],
             "preset": f"{config.preset}{borrowed}" if config.preset else "none",
@@ -248,8 +271,12 @@ def make_plan(
     hooks: Sequence[str] = (),
     label_range: float | None = None,
     plugins: Sequence[str] = (),
+    data: str | Path | None = None,
+    data_root: str | Path | None = None,
 ) -> Plan:
     """Find the plugins and resolve the configuration; arguments as for `registry.run`.
+
+    `data` and `data_root` are asked for the label range alone, where neither the user nor the dataset says it.
 
     Raises:
         InputError: a name is unknown, a hook is given twice, or the configuration has faults.
@@ -268,6 +295,8 @@ def make_plan(
             defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
         )
     limit = dataset_spec.label_range if label_range is None else label_range
+    if limit is None and (data is None or not os.path.lexists(os.path.expanduser(data))):
+        limit = Store(data_root).label_range(dataset, None if data is None else str(data))
     if limit is None:
         raise InputError(f"dataset {dataset!r} needs --label-range: 3 where labels lie between -3 and 3")
     if not 0 < limit <= float(np.finfo(np.float32).max):

@@ -24,6 +24,11 @@ def _same_draws_every_time() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_registered(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("MMSA_DATA", str(tmp_path / "registered"))
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> str:
     """The folder of a tiny random text encoder."""

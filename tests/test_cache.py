@@ -112,7 +112,7 @@ def test_what_is_written_to_an_array_stays_in_the_process(tmp_path, folder):
 def test_a_field_that_is_added_changes_the_format():
     """If this fails, raise `FORMAT`: what is kept of files is not what would be read of them now."""
     names = "ids labels raw_text text_bert text text_lengths audio audio_lengths vision vision_lengths"
-    assert (reader.FORMAT, [field.name for field in fields(SplitArrays)]) == (1, names.split())
+    assert (reader.FORMAT, [field.name for field in fields(SplitArrays)]) == (2, names.split())
 
 
 # --- when it is used
@@ -122,7 +122,7 @@ def test_the_second_read_neither_hashes_nor_opens_the_file(tmp_path, folder, mon
     path, calls = feature_file(tmp_path), used(monkeypatch)
     first = read(path, folder)
     assert (calls, len(first.notes)) == (["hash", "pickle"], 1)
-    assert first.notes[0].startswith(f"features.pkl is kept in {folder} for a quick start next time (0 MB")
+    assert first.notes[0].startswith(f"features.pkl is kept in {folder} for a quick start next time (")
     assert read(path, folder).notes == []
     assert calls == ["hash", "pickle"]
 

@@ -11,6 +11,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from registry import InputError, load_run
 from registry.checkpoints import import_checkpoint
+from registry.data.store import Store
+from registry.plugins import Plugins
 from selfmm_plugin.upstream import network_from_state
 from tests.helpers import feature_file, write_features
 from tests.test_golden import Trace
@@ -181,6 +183,15 @@ def test_tensors_of_nonsensical_shapes_and_names(tmp_path, state, place, name, t
     with pytest.raises(InputError, match=r"importing .* fails|does not fit self_mm"):
         import_checkpoint("self_mm", save(tmp_path, state), "trace", **place)
     assert not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_a_registered_file_tests_it(tmp_path, state, place):
+    data, root = place.pop("data"), tmp_path / "root"
+    from_path = import_checkpoint("self_mm", save(tmp_path, state), "trace", data=data, **place)
+    Store(root).add(Plugins(place["plugins"]).load("dataset", "trace"), data)
+    data.unlink()
+    run = import_checkpoint("self_mm", save(tmp_path, state), "trace", data_root=root, **place)
+    assert (run.folder, run.metrics) == (from_path.folder, from_path.metrics)
 
 
 def test_a_file_in_the_place_of_the_folder_of_runs(tmp_path, state, place):

@@ -509,3 +509,35 @@ def test_rows_that_are_one_object_are_fine(tmp_path):
     row = [[0.0] * 5] * 6
     file = read(feature_file(tmp_path, audio=lambda audio: [row] * len(audio)))
     assert not file.splits["train"].audio.any()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("axes", [(0, 2, 1), (2, 0, 1), (1, 2, 0), (2, 1, 0)])
+def test_arrays_whose_axes_are_in_another_order_in_memory(tmp_path, protocol, axes):
+    def turned(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array.transpose(axes)).transpose(np.argsort(axes))
+
+    path = feature_file(tmp_path, protocol=protocol, audio=turned, text_bert=turned)
+    train, expected = read(path).splits["train"], make_split(8, prefix="train", seed=0)
+    np.testing.assert_array_equal(train.audio, expected["audio"])
+    np.testing.assert_array_equal(train.text_bert, expected["text_bert"])
+
+
+def test_a_forged_order_of_axes_is_refused(tmp_path):
+    path = tmp_path / "x.pkl"
+    for axes in (b"K\x00\x85", b"K\x05K\x00\x86", b"K\x00K\x00\x86", b"V1\n"):
+        shape = b"K\x01K\x01\x86"
+        path.write_bytes(
+            b"\x80\x04cnumpy._core.numeric\n_frombuffer\n(C\x08AAAAAAAAcnumpy\ndtype\n(Vf8\ntR"
+            + shape
+            + b"VK\n"
+            + axes
+            + b"tR."
+        )
+        assert "is not a pickle, or is damaged" in refusal(path)
+
+
+def test_a_small_file_cannot_become_large_by_padding(tmp_path):
+    sequences = [np.zeros((1, 1), dtype=np.float32)] * 99_999 + [np.zeros((99_999, 1), dtype=np.float32)]
+    content = {split: {"id": [], "regression_labels": [], "audio": sequences} for split in ("train", "valid", "test")}
+    assert "rows of different shapes" in refusal(write_features(tmp_path / "x.pkl", content))

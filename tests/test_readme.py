@@ -107,10 +107,12 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
 def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     helps = {}
     single = ("run", "compare", "table", "report", "list", "describe", "check", "labels", "import-checkpoint")
-    for command in (*single, "data from-csd"):
+    for command in single:
         monkeypatch.setenv("COLUMNS", "200")
-        of_group = helps.get(command.split()[0], "")
-        helps[command.split()[0]] = of_group + benchmark(monkeypatch, capsys, f"benchmark {command} --help")
+        helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
+    subcommands = {"add", "list", "remove", "get", "check", "from-csd"}
+    assert set(re.findall(r"benchmark data ([a-z-]+)", README)) <= subcommands
+    helps["data"] = "".join(benchmark(monkeypatch, capsys, f"benchmark data {name} --help") for name in subcommands)
     named = set(re.findall(r"benchmark ([a-z-]+)", README)) - {"run"}
     assert named <= helps.keys()
     for line in re.findall(r"benchmark (?:[a-z-]+)[^`\n]*", README):

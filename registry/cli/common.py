@@ -22,7 +22,18 @@ Plugin = Annotated[
     list[str], typer.Option("--plugin", help="FILE.py or module of a plugin that is not packaged; repeatable.")
 ]
 Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")]
-Data = Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Feature file in MMSA's pickle layout, or the name of a registered one; the one that fits, else."
+    ),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of registered files; $MMSA_DATA or the user's own by default.")
+]
+TextFeatures = Annotated[Path | None, typer.Option(help="Another file for text, joined to the data by clip id.")]
+AudioFeatures = Annotated[Path | None, typer.Option(help="Another file for audio, joined likewise.")]
+VisionFeatures = Annotated[Path | None, typer.Option(help="Another file for vision, joined likewise.")]
 Encoder = Annotated[str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")]
 Seeds = Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")]
 Epochs = Annotated[int | None, typer.Option(help="Most epochs to train; the same as --set epochs=N.")]
@@ -75,6 +86,12 @@ def overrides_of(settings: Sequence[str], epochs: int | None) -> dict[str, Any]:
             raise InputError("--epochs and --set epochs=… say the same thing; give one")
         overrides["epochs"] = epochs
     return overrides
+
+
+def features_of(text: Path | None, audio: Path | None, vision: Path | None) -> dict[str, Path]:
+    """Return the files of `--text-features`, `--audio-features` and `--vision-features` by modality."""
+    given = {"text": text, "audio": audio, "vision": vision}
+    return {name: path for name, path in given.items() if path is not None}
 
 
 def seeds_of(texts: Iterable[str]) -> list[int]:

@@ -11,10 +11,10 @@ from rich.markup import escape
 from ..errors import InputError
 from . import screen
 from .common import Debug, LabelRange
-from .data import app
+from .data import data_app
 
 
-@app.command("from-csd")
+@data_app.command("from-csd")
 def from_csd(
     words: Annotated[Path, typer.Option(help=".csd file of time-stamped words.")],
     labels: Annotated[Path, typer.Option(help=".csd file of labelled segments; the first column is the label.")],

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from . import screen
-from .common import AsJson, Debug, LabelRange, Plugin, RunsFolder, app
+from .common import AsJson, DataRoot, Debug, LabelRange, Plugin, RunsFolder, app
 
 
 @app.command()
@@ -57,7 +57,11 @@ def import_checkpoint(
     model: Annotated[str, typer.Argument(help="The model that the checkpoint is of.")],
     file: Annotated[Path, typer.Argument(help="Upstream's .pth file.")],
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="What it was trained on.")] = "mosi",
-    data: Annotated[Path | None, typer.Option(help="Feature file; with it the checkpoint is tested.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Feature file, or the name of a registered one; with one the checkpoint is tested."),
+    ] = None,
+    data_root: DataRoot = None,
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder: minilm, a hub name or a folder.")] = None,
     label_range: LabelRange = None,
     runs: RunsFolder = Path("runs"),
@@ -72,6 +76,7 @@ def import_checkpoint(
         file,
         dataset,
         data=data,
+        data_root=data_root,
         text_encoder=text_encoder,
         label_range=label_range,
         runs=runs,

@@ -15,15 +15,20 @@ import numpy as np
 from registry.errors import InputError
 
 from .cache import Cache
-from .safe_pickle import load_pickle, plain
+from .mapped import Told
+from .safe_pickle import Array, load_pickle, plain
 
-FORMAT = 1
+FORMAT = 2
 """raised when files are read otherwise than before, or hold other things: what was kept of them is then not used"""
 
 SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
-_LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
+LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
+KEYS = ("id", *_INPUTS, "text_lengths", "audio_lengths", "vision_lengths", *LABELS.values())
+"""what is read of a split"""
 _MOST_FAULTS = 20
+_MOST_PADDING = 100
+"""times as long as they are may sequences become by padding"""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -40,7 +45,7 @@ class SplitArrays:
     text: np.ndarray | None = None
     """float32 (N, Lt, d)"""
     text_lengths: np.ndarray | None = None
-    """int64 (N) 1…Lt, where the features are of the tokens of `text_bert`"""
+    """int64 (N) 1…Lt, where the features are of the tokens of `text_bert`, or the file has them"""
     audio: np.ndarray | None = None
     """float32 (N, La, da)"""
     audio_lengths: np.ndarray | None = None
@@ -62,6 +67,8 @@ class FeatureFile:
     sha256: str
     notes: list[str] = field(default_factory=list)
     """what was mended or should be known, one line each"""
+    parts: dict[str, str] = field(default_factory=dict)
+    """the names of the files that a modality's features are from, by modality, where they are others"""
 
 
 def read_feature_file(
@@ -70,8 +77,10 @@ def read_feature_file(
     """Return the file's splits, checked and with what can be mended mended.
 
     Keys of a split as MMSA's `data_loader.py` reads them: `id`, `regression_labels` (required), `raw_text, text_bert,
-    text, audio, vision` (at least one), `audio_lengths, vision_lengths, regression_labels_T/A/V`; others are ignored.
-    A file without lengths whose sequences are as long as `text_bert` is aligned: its lengths are the mask's sums.
+    text, audio, vision` (at least one), `text_lengths, audio_lengths, vision_lengths, regression_labels_T/A/V`; others
+    are ignored. Sequences of different lengths are padded. A file without lengths whose sequences are as long as
+    `text_bert` is aligned: its lengths are the mask's sums. Where it has no `text_bert` and they are as long as `text`,
+    they end where `text` has zeros alone.
 
     Args:
         path: the pickle.
@@ -90,42 +99,50 @@ def read_feature_file(
     sha256 = kept.sha256() or file_sha256(path)
     content = kept.load(sha256)
     if content is None:
-        content = _read(path, label_range)
-        if size := kept.save(sha256, content):
-            content["notes"].append(f"{path.name} is kept in {cache} for a quick start next time ({_size(size)})")
-    splits = {name: SplitArrays(**arrays) for name, arrays in content["splits"].items()}
-    file = FeatureFile(path.name, splits, content["aligned"], sha256, content["notes"])
-    published = (known_sha256 or {}).get(path.name)
+        content = read_content(path, label_range)
+        if kept_bytes := kept.save(sha256, content):
+            content["notes"].append(f"{path.name} is kept in {cache} for a quick start next time ({size(kept_bytes)})")
+    return made_of(content, path.name, sha256, known_sha256 or {})
+
+
+def made_of(content: Mapping[str, Any], name: str, sha256: str, known_sha256: Mapping[str, str]) -> FeatureFile:
+    """Return the file whose content `read_content` returned, with a note on whether it is the published one."""
+    splits = {split: SplitArrays(**arrays) for split, arrays in content["splits"].items()}
+    published, notes = known_sha256.get(name), list(content["notes"])
     if published == sha256:
-        file.notes.append(f"{path.name} is the published file (SHA-256 verified)")
+        notes.append(f"{name} is the published file (SHA-256 verified)")
     elif published:
-        file.notes.append(f"{path.name} is not the published file of that name (its SHA-256 is {sha256})")
-    return file
+        notes.append(f"{name} is not the published file of that name (its SHA-256 is {sha256})")
+    return FeatureFile(name, splits, content["aligned"], sha256, notes)
 
 
-def _read(path: Path, label_range: float) -> dict[str, Any]:
+def read_content(path: Path, label_range: float) -> dict[str, Any]:
     """Return `aligned`, `notes`, and in `splits` each split's fields; raises InputError."""
-    check = _Check(label_range)
+    check = Check(label_range)
     try:
         splits, aligned = check.file(load_pickle(path))
     except MemoryError:
-        raise InputError(f"{path} does not fit into memory ({_size(path.stat().st_size)}), or is damaged") from None
-    if check.faults:
-        raise InputError(_listing(path, check.faults))
+        raise InputError(f"{path} does not fit into memory ({size(path.stat().st_size)}), or is damaged") from None
+    check.refuse(path)
     return {"aligned": aligned, "notes": check.notes, "splits": {name: vars(split) for name, split in splits.items()}}
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+def size(count: int) -> str:
+    """Return a number of bytes for people."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, told: Told | None = None) -> str:
     """Return the file's SHA-256 in hex, read piece by piece; raises InputError where it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
+                if told:
+                    told(len(piece))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -135,7 +152,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _listing(path: Path, faults: list[str]) -> str:
+def _listing(path: Path | str, faults: list[str]) -> str:
     if len(faults) == 1:
         return f"{path} cannot be used: {faults[0]}"
     lines = [f"{path} cannot be used: {len(faults)} faults", *faults[:_MOST_FAULTS]]
@@ -156,13 +173,63 @@ def _clean(text: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-class _Check:
+def _padded(value: Any) -> tuple[Any, list[int] | None]:
+    """Return sequences (L, d) of different lengths as one array with zeros at the end, and their lengths.
+
+    Anything else is returned as it is, with None.
+    """
+    if not isinstance(value, list | tuple | Array | np.ndarray):
+        return value, None
+    rows = plain(value)
+    if not isinstance(rows, list):
+        return rows, None
+    try:
+        arrays = [np.asarray(row) for row in rows]
+    except (ValueError, OverflowError):
+        return rows, None
+    whole = [array for array in arrays if array.size]
+    is_one = len({array.shape for array in arrays}) == 1
+    if is_one or not whole or any(array.ndim != 2 or array.dtype.kind not in "biuf" for array in whole):
+        return rows, None
+    if len({array.shape[1] for array in whole}) > 1:
+        return rows, None
+    steps = [len(array) if array.size else 0 for array in arrays]
+    if len(arrays) * max(steps) > max(_MOST_PADDING * sum(steps), 1_000_000):  # else a small file could fill the memory
+        return rows, None
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = np.zeros((len(arrays), max(steps), whole[0].shape[1]), dtype=np.float32)
+        for row, (array, length) in enumerate(zip(arrays, steps, strict=True)):
+            if length:
+                result[row, :length] = array
+    return result, steps
+
+
+def _is_aligned(arrays: SplitArrays) -> bool:
+    """Whether audio and vision have as many steps as the tokens, or as the text features where there are no tokens."""
+    steps = {features.shape[1] for features in (arrays.audio, arrays.vision) if features is not None}
+    if arrays.text_bert is not None:
+        return steps == {arrays.text_bert.shape[2]}
+    return arrays.text is not None and arrays.text.shape[1] > 1 and steps == {arrays.text.shape[1]}
+
+
+def _last_step(clip: np.ndarray) -> int:
+    """Return how many steps of (L, d) there are up to the last that is not all zeros, at least 1."""
+    real = np.flatnonzero(clip.any(axis=1))
+    return int(real[-1]) + 1 if len(real) else 1
+
+
+class Check:
     """Reads splits out of a file's content and collects its faults and notes."""
 
     def __init__(self, label_range: float) -> None:
         self.label_range = label_range
         self.faults: list[str] = []
         self.notes: list[str] = []
+
+    def refuse(self, what: Path | str) -> None:
+        """Raise an InputError that lists the faults, if there are any; `what` names the file that has them."""
+        if self.faults:
+            raise InputError(_listing(what, self.faults))
 
     def fault(self, where: str, expected: str, found: str) -> None:
         self.faults.append(f"{where}: expected {expected}, found {found}")
@@ -187,12 +254,12 @@ class _Check:
 
     def presence(self, raw: dict[str, dict[str, Any]]) -> None:
         for split, arrays in raw.items():
-            for key in ("id", _LABELS["M"]):
+            for key in ("id", LABELS["M"]):
                 if key not in arrays:
                     self.fault(f"{split}: {key}", "one a clip", "nothing")
             if not any(key in arrays for key in _INPUTS):
                 self.fault(split, f"at least one of {', '.join(_INPUTS)}", "none")
-        for key in (*_INPUTS, *list(_LABELS.values())[1:]):
+        for key in (*_INPUTS, *list(LABELS.values())[1:]):
             having = [split for split in raw if key in raw[split]]
             for split in raw:
                 if having and split not in having:
@@ -202,14 +269,17 @@ class _Check:
         ids = self.strings(f"{split}: id", arrays.pop("id", None)) or []
         clips = len(ids) if ids else None
         result = SplitArrays(ids=ids, labels={})
-        for task, key in _LABELS.items():
+        for task, key in LABELS.items():
             labels = self.numbers(f"{split}: {key}", arrays.pop(key, None), 1, clips)
             if labels is not None:
                 result.labels[task] = self.in_range(f"{split}: {key}", labels, ids)
         result.raw_text = self.strings(f"{split}: raw_text", arrays.pop("raw_text", None), clips)
         result.text_bert = self.tokens(f"{split}: text_bert", arrays.pop("text_bert", None), clips)
         for key in ("text", "audio", "vision"):
-            setattr(result, key, self.features(f"{split}: {key}", arrays.pop(key, None), clips))
+            value, steps = _padded(arrays.pop(key, None))
+            if steps:
+                arrays.setdefault(f"{key}_lengths", steps)
+            setattr(result, key, self.features(f"{split}: {key}", value, clips))
         return result
 
     def strings(self, where: str, value: Any, clips: int | None = None) -> list[str] | None:
@@ -273,13 +343,13 @@ class _Check:
             return np.require(array, np.int64 if whole else np.float32, ["C", "W"])
 
     def in_range(self, where: str, labels: np.ndarray, ids: list[str]) -> np.ndarray:
-        wrong = np.flatnonzero(~(np.abs(labels) <= self.label_range + 1e-6))
+        wrong = np.flatnonzero(~(np.abs(labels) <= self.label_range + 1e-6) | ~np.isfinite(labels))
         if len(wrong):
             clip = f"clip {ids[wrong[0]]!r}" if ids else f"row {wrong[0]}"
             count = f" ({len(wrong)} such labels)" if len(wrong) > 1 else ""
             self.fault(
                 where,
-                f"labels from {-self.label_range:g} to {self.label_range:g}",
+                f"labels from {-self.label_range:g} to {self.label_range:g}" if self.label_range < np.inf else "finite",
                 f"{labels[wrong[0]]:.8g} at {clip}{count}",
             )
         return labels
@@ -288,6 +358,9 @@ class _Check:
         tokens = self.numbers(where, value, 3, clips, whole=True)
         if tokens is None:
             return None
+        if tokens.shape[1] != 3 and tokens.shape[2] == 3:  # as early versions of MMSA-FET wrote it
+            tokens = np.ascontiguousarray(tokens.swapaxes(1, 2))
+            self.notes.append(f"{where}: shape (N, L, 3) was turned into (N, 3, L)")
         if tokens.shape[1] != 3:
             self.fault(where, "shape (N, 3, L): token ids, mask, segments", f"shape {tokens.shape}")
             return None
@@ -321,16 +394,17 @@ class _Check:
     def lengths(self, raw: dict[str, dict[str, Any]], splits: dict[str, SplitArrays]) -> bool:
         """Set the lengths of text, audio and vision, and return whether the file is aligned."""
         given = any(f"{modality}_lengths" in arrays for arrays in raw.values() for modality in ("audio", "vision"))
-        tokens = [arrays.text_bert for arrays in splits.values()]
-        steps = [
-            {None if f is None else f.shape[1] for f in (arrays.audio, arrays.vision)} - {None}
-            for arrays in splits.values()
-        ]
-        aligned = not given and all(t is not None and s == {t.shape[2]} for t, s in zip(tokens, steps, strict=True))
+        aligned = not given and all(_is_aligned(arrays) for arrays in splits.values())
         for split, arrays in splits.items():
-            if arrays.text is not None and arrays.text_bert is not None:
-                per_token = arrays.text.shape[1] == arrays.text_bert.shape[2]
-                arrays.text_lengths = arrays.text_bert[:, 1].sum(axis=1) if per_token else None
+            if arrays.text is not None:
+                value = raw[split].pop("text_lengths", None)
+                if value is not None:
+                    arrays.text_lengths = self.given_lengths(f"{split}: text_lengths", value, arrays.text)
+                elif arrays.text_bert is not None and arrays.text.shape[1] == arrays.text_bert.shape[2]:
+                    arrays.text_lengths = arrays.text_bert[:, 1].sum(axis=1)
+                elif aligned and arrays.text_bert is None:
+                    arrays.text_lengths = np.array([_last_step(clip) for clip in arrays.text], dtype=np.int64)
+                    self.notes.append(f"{split}: lengths are those of text, whose padding is zero")
             for modality in ("audio", "vision"):
                 features = getattr(arrays, modality)
                 if features is None:
@@ -338,6 +412,8 @@ class _Check:
                 where, value = f"{split}: {modality}_lengths", raw[split].pop(f"{modality}_lengths", None)
                 if aligned and arrays.text_bert is not None:
                     lengths: np.ndarray | None = arrays.text_bert[:, 1].sum(axis=1)
+                elif aligned and arrays.text_lengths is not None:
+                    lengths = arrays.text_lengths.copy()
                 elif value is not None:
                     lengths = self.given_lengths(where, value, features)
                 elif features.shape[1] == 1:

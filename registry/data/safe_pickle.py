@@ -81,9 +81,15 @@ def _array(data: Any, dtype: _DType, shape: tuple[int, ...], order: Any) -> np.n
     return np.frombuffer(data, dtype=kind).reshape(shape, order=order)
 
 
-def _array_from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> Array:
+def _array_from_buffer(
+    data: Any, dtype: _DType, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
+) -> Array:
+    """Return an array of protocol 5; one whose axes are in another order in memory names them since numpy 2.3."""
     array = Array()
-    array.value = _array(data, dtype, shape, order)
+    if order == "K" and axes is not None:
+        array.value = _array(data, dtype, shape, "C").transpose(axes)
+    else:
+        array.value = _array(data, dtype, shape, order)
     return array
 
 
@@ -149,8 +155,10 @@ def load_pickle(path: Path) -> Any:
         items = _items(content, {})
     except _RefusedError as error:
         asked = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"
+        hint = ": save arrays in the place of tensors, as MMSA-FET does with return_type='np'"
         raise InputError(
             f"{path} asks to load {asked!r}; a feature file may hold numpy arrays and plain containers only"
+            f"{hint if asked.startswith('torch.') else ''}"
         ) from None
     except MemoryError:
         raise
