@@ -1,4 +1,4 @@
-"""An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run` and the contract for plugins.
+"""An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run`, `predict` and the contract for plugins.
 
 `registry.metrics` holds the metrics, `registry.progress` what shows a run's progress, `registry.testing` the checks for
 plugin authors.
@@ -22,6 +22,7 @@ _HOME = {
     "registry.comparison": "Comparison",
     "registry.data.feature_file": "FeatureFile SplitArrays",
     "registry.data.text": "TextEncoder find_text_encoder",
+    "registry.prediction": "predict",
     "registry.runs": "Run load_run",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -274,6 +274,9 @@ class UlgmHook(TrainingHook):
     def end_epoch(self, epoch: int) -> None:
         self.history.append({name: values.cpu().clone() for name, values in self.supervision.generator.labels.items()})
 
+    def unimodal(self, output: FusionOutput) -> dict[str, Tensor]:
+        return self.supervision.predict(output.features)
+
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return `labels`, every epoch's labels, and, of labels that were generated, what is known of them.
 
