@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..errors import InputError
 from . import screen
-from .common import Debug, Device, OutFile, Plugin, app
+from .common import Data, Debug, Device, Metrics, OutFile, Plugin, app, names_of, seeds_of
 
 ROWS = 20
 """Predictions that are printed; a file has them all."""
+DEFAULT = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
 
 TextEncoder = Annotated[
     str | None, typer.Option("--text-encoder", help="Where the run's text encoder lies now, if its name does not say.")
@@ -67,3 +69,58 @@ def predict(
         )
     if target is not None:
         screen.say(f"{len(table)} predictions written to {escape(str(target))}")
+
+
+@app.command()
+def missing(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a seed, or of a configuration's seeds.")],
+    data: Data = None,
+    rates: Annotated[str, typer.Option(help="Rates of what is missing, from 0 to 1, with commas between.")] = DEFAULT,
+    seeds: Annotated[list[str], typer.Option("--seeds", "-s", help="Seeds of what is missing: 1-3 or 1,2.")] = ["1-3"],
+    kind: Annotated[
+        str, typer.Option(help="steps: words and steps are missing; modality: whole modalities, of which one stays.")
+    ] = "steps",
+    modalities: Annotated[
+        str | None, typer.Option(help="What can be missing, as text or audio,vision; all that is read by default.")
+    ] = None,
+    metrics: Metrics = None,
+    target: Annotated[Path | None, typer.Option("--out", "-o", help="Write every value to this .csv.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the curves: .png, .pdf or .svg.")] = None,
+    text_encoder: TextEncoder = None,
+    device: Device = "auto",
+    plugin: Plugin = [],
+    debug: Debug = False,
+) -> None:
+    """Test finished runs while words, steps or whole modalities of the test clips are missing."""
+    from ..missing import evaluate_missing, require_files, write_files
+    from ..progress import make_watcher
+
+    require_files(figure, target)
+    with make_watcher(screen.err) as watcher, redirect_stdout(sys.stderr):
+        found = evaluate_missing(
+            folder,
+            data,
+            rates=_numbers(rates),
+            seeds=seeds_of(seeds),
+            kind=kind,  # type: ignore[arg-type]  # checked there
+            modalities=names_of(modalities),
+            metrics=names_of(metrics),
+            text_encoder=text_encoder,
+            device=device,
+            plugins=plugin,
+            watcher=watcher,
+            before=watcher.note,
+        )
+    write_files(found, figure=figure, csv=target)
+    screen.print_in_pieces(found.title, found.rows())
+    screen.say(f"mean ± standard deviation over {found.counted}; area: under the curve, over the width of the rates")
+    for name, path in (("figure", figure), ("values", target)):
+        if path is not None:
+            screen.say(f"{name}: {escape(str(path))}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--rates takes numbers with commas between, as 0,0.3,0.6, got {text!r}") from None
