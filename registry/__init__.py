@@ -22,6 +22,7 @@ _HOME = {
     "registry.comparison": "Comparison",
     "registry.data.feature_file": "FeatureFile SplitArrays",
     "registry.data.text": "TextEncoder find_text_encoder",
+    "registry.hub": "pull push",
     "registry.prediction": "predict",
     "registry.runs": "Run load_run",
 }

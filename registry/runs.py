@@ -351,7 +351,11 @@ class Run:
             labels = TrainingData({task: torch.zeros(clips) for task in self.info.tasks}, self.info)
             for spec in plan.hooks:
                 hook = spec.build(plan.config.hooks[spec.name], labels, self.model.feature_dims)
-                hook.load_state_dict(self._state(f"hook.{spec.name}"))
+                loaded = hook.load_state_dict(self._state(f"hook.{spec.name}"), strict=False)
+                # Parameters must be there; what a hook knows of its train clips is not in a run from the hub.
+                lacking = {name for name, _ in hook.named_parameters()}.intersection(loaded.missing_keys)
+                if wrong := [*loaded.unexpected_keys, *lacking]:
+                    raise ValueError(f"{wrong[0]} is missing or unknown")
                 made[spec.name] = hook.eval()
         return made
 
@@ -392,13 +396,17 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
     """Read a run folder.
 
     Args:
-        folder: the folder of one seed.
+        folder: the folder of one seed, or `hub:USER/NAME` for a run on the Hugging Face hub.
         plugins: files or modules of models that are not packaged, as for `--plugin`.
 
     Raises:
         InputError: it is not the folder of a finished run.
     """
     given = [plugins] if isinstance(plugins, (str, Path)) else plugins
+    if str(folder).startswith("hub:"):
+        from .hub import pull
+
+        return pull(str(folder), plugins=given)
     run = Run(Path(os.path.expanduser(folder)), tuple(map(str, given)))
     if fault := fault_of(run.folder):
         raise InputError(f"{folder} is not the folder of a finished run: {fault}")
@@ -435,7 +443,10 @@ def fault_of(folder: Path) -> str | None:
     except (OSError, SafetensorError):
         return f"{WEIGHTS} is missing or broken"
     tables = ["predictions"] * bool(metrics) + ["history"] * (summary["best_epoch"] is not None)
+    left_out = summary.get("left_out")  # by whoever sent it to the hub
     for name in (*tables, *summary["artifacts"]):
+        if isinstance(left_out, list) and name in left_out:
+            continue
         path = folder / f"{name}.csv"
         if not path.is_file():
             return f"{path.name} is missing"

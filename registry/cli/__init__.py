@@ -7,10 +7,10 @@ import sys
 import warnings
 
 from ..errors import BenchmarkError
-from . import compare, labels, predict, registered, run, screen
+from . import compare, hub, labels, predict, registered, run, screen
 from .common import app
 
-__all__ = ["compare", "labels", "main", "predict", "registered", "run"]
+__all__ = ["compare", "hub", "labels", "main", "predict", "registered", "run"]
 
 
 def main() -> None:
