@@ -25,8 +25,9 @@ TABLES = ("history",)
 """that are always sent; other tables name the clips of a dataset and their labels"""
 _SECONDS = 10
 _WHERE = "a repository is named USER/NAME"
-_RUNS_CODE = re.compile("auto_map|.*attn_implementation.*|.*experts_implementation.*|quantization_config|custom_.*")
+_RUNS_CODE = re.compile("auto_map|custom_pipelines|.*_implementation(_internal)?")
 """keys by which a text encoder's configuration can ask transformers for code or kernels from elsewhere"""
+_OWN_KERNELS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def push(run: Run, repo: str, *, private: bool = False, with_predictions: bool = False) -> str:
@@ -146,7 +147,7 @@ def _reason(error: BaseException) -> str:
 def _code_in(value: Any) -> str | None:
     """Return a key, at any depth, that asks for code; None where there is none."""
     if isinstance(value, Mapping):
-        asking = (key for key, item in value.items() if _RUNS_CODE.fullmatch(key) and item is not None)
+        asking = (key for key, item in value.items() if _RUNS_CODE.fullmatch(key) and item not in _OWN_KERNELS)
         return next(asking, None) or _code_in(list(value.values()))
     return next(filter(None, map(_code_in, value)), None) if isinstance(value, list) else None
 

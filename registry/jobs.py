@@ -36,8 +36,6 @@ PRECISIONS = {
     "bf16": "text encoder in bf16, weights float32",
 }
 """what a run computes in, by the name that `--precision` takes; with bf16 a GPU does the rest as with tf32"""
-LATER_KEYS: dict[str, Any] = {"standardize": False, "without": []}
-"""Keys of `Training` that came later: runs from before are found as those that have them at these defaults."""
 SELECTION = "the epoch with the lowest validation MAE; test is read once"
 
 
@@ -213,9 +211,6 @@ class Job:
     def identity(self) -> str:
         """Return the config hash; names and paths do not enter it, contents do."""
         settings, tokens = self.settings(), hashlib.sha256()
-        for key, default in LATER_KEYS.items():
-            if settings["config"].get(key) == default:
-                del settings["config"][key]
         for name, made in (self.tokens or {}).items():
             tokens.update(f"{name}{made.shape}".encode() + made.tobytes())
         if settings["text_encoder"]:

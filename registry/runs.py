@@ -48,10 +48,15 @@ _KEYS = {
     "environment.json": (),
 }
 """what the files of a finished run have"""
+_LATER_KEYS: dict[str, Any] = {"standardize": False, "without": []}
+"""Keys of every model that came later: a run from before is one that has them at these values."""
 
 
 def identity(settings: Mapping[str, Any]) -> str:
     """Return the config hash: 12 hex digits of everything that can change a result, apart from the seed."""
+    if isinstance(config := settings.get("config"), Mapping):
+        known = {key: value for key, value in config.items() if key not in _LATER_KEYS or _LATER_KEYS[key] != value}
+        settings = {**settings, "config": known}
     text = json.dumps(settings, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -535,3 +535,17 @@ def test_gradients_and_dropout_of_packed_attention(dtype):
     if dtype == torch.float32:
         by_gradient, by_values = slopes_with_dropout(heads.detach().clone(), packing)
         assert by_gradient == pytest.approx(by_values, rel=0.01, abs=0.1)
+
+
+@pytest.mark.parametrize("model", ["self_mm", "lf_dnn+heads"])
+def test_a_run_predicts_the_same_on_either_device(tmp_path, model):
+    encoder, data = str(tiny_encoder(tmp_path / "encoder")), feature_file(tmp_path)
+    config = {"epochs": 2, "batch_size": 4, "standardize": True}
+    options = {"text_encoder": encoder, "label_range": 3.0, "runs": tmp_path / "runs", "precision": "fp32"}
+    run = registry.load_run(
+        registry.run(model, "custom", data=data, config=config, device="cuda", **options).runs[0].folder
+    )
+    on_cpu, on_gpu = (registry.predict(run, data, split="test", device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(on_gpu["prediction"], run.predictions["prediction"], atol=1e-5)
+    for name in ("prediction", "text", "audio", "vision"):
+        np.testing.assert_allclose(on_cpu[name], on_gpu[name], atol=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,13 +13,13 @@ from safetensors.numpy import load_file
 
 import registry
 from registry import InputError, load_run
+from registry.comparison import collect
 from registry.data import standardize
 from registry.data.batches import Split
 from registry.data.feature_file import read_feature_file
 from registry.data.standardize import Scale
 from registry.jobs import make_plan
 from registry.runs import identity
-from registry.training import Watcher
 from tests.helpers import feature_file
 from tests.test_prediction import make_file, trained
 
@@ -102,14 +104,21 @@ def test_a_run_keeps_its_statistics_and_predicts_with_them(tmp_path, encoder):
 
 
 def test_runs_from_before_these_keys_are_found(tmp_path, encoder):
-    job = make_plan("self_mm", "custom", label_range=3.0).read(make_file(tmp_path), encoder, Watcher())
-    settings, tokens = job.settings(), hashlib.sha256()
-    for name, made in job.tokens.items():
-        tokens.update(f"{name}{made.shape}".encode() + made.tobytes())
-    settings["text_encoder"]["name"] = tokens.hexdigest()
-    with_them = identity(settings)
-    del settings["config"]["standardize"], settings["config"]["without"]
-    assert job.identity() == identity(settings) != with_them
+    """Also by `benchmark table`, which tells configurations apart by what runs have saved."""
+    run = trained("lf_dnn", make_file(tmp_path), encoder, tmp_path)
+    config = run.settings["config"]
+    before = {key: value for key, value in config.items() if key not in ("standardize", "without")}
+    assert len(before) == len(config) - 2
+    assert identity({"config": before}) == identity({"config": config})
+    text = json.dumps({"config": before}, sort_keys=True)
+    assert identity({"config": config}) == hashlib.sha256(text.encode()).hexdigest()[:12]
+    for changed in ({"standardize": True}, {"without": ["audio"]}):
+        assert identity({"config": {**config, **changed}}) != identity({"config": config})
+    older = run.folder.with_name("2222")
+    shutil.copytree(run.folder, older)
+    (older / "config.json").write_text(json.dumps({**run.settings, "seed": 2222, "config": before}))
+    (row,) = collect([run.folder.parent]).rows
+    assert [run.settings["seed"] for run in row.runs] == [1111, 2222]
 
 
 def test_it_is_a_choice_of_two():
