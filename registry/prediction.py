@@ -127,8 +127,11 @@ class Predictor:
         self._check(file)
         notes, tokens = list(file.notes), None
         if self.encoder:
+            # Without raw text ids are trusted where they were in training: with the dataset's own encoder.
+            names = (self.run.settings["text_encoder"]["name"], self.plan.dataset.text_encoder or "")
+            trusted = self.encoder.name if len({Path(name).name for name in names}) == 1 else None
             aligned = "alignment" in self.plan.needs
-            tokens, more = tokenise(file, self.encoder, default_encoder=None, keep_alignment=aligned)
+            tokens, more = tokenise(file, self.encoder, default_encoder=trusted, keep_alignment=aligned)
             notes += more
         for note in notes:
             self.watcher.note(note)

@@ -372,7 +372,10 @@ class Run:
         if not self.plan.config.model.standardize:
             return None
         with self._made_again("statistics"):
-            return Scale.from_state(self._state("scale"))
+            scale = Scale.from_state(self._state("scale"))
+            if not scale.names and {"audio", "vision"} & {*self.plan.needs}:
+                raise ValueError("they are not among its weights")
+            return scale
 
     def _state(self, module: str) -> dict[str, torch.Tensor]:
         """Return the state of a module that was saved."""

@@ -132,6 +132,28 @@ def test_a_single_clip_without_padding_and_without_its_dimension(run):
         assert table["prediction"][0] == pytest.approx(found.predictions["prediction"][row], abs=1e-5)
 
 
+def test_what_is_given_as_arrays_stays_as_it_is(self_mm):
+    found, data = self_mm
+    clips = content_of(data)["test"]
+    clips |= {"audio": torch.tensor(clips["audio"]), "vision": clips["vision"].copy()}
+    clips["vision"][0, 0] = np.nan
+    with pytest.warns(UserWarning, match="3 values that are not finite"):
+        table = registry.predict(found, clips)
+    assert np.isnan(clips["vision"][0, 0]).all()
+    np.testing.assert_allclose(table["prediction"][1:], found.predictions["prediction"][1:], atol=1e-6)
+
+
+def test_only_one_split_is_labelled(self_mm, benchmark, tmp_path):
+    found, data = self_mm
+    content = content_of(data)
+    content.pop("train")
+    del content["valid"]["regression_labels"]
+    file = write_features(tmp_path / "some.pkl", content)
+    assert registry.predict(found, file)["label"].notna().tolist() == [False] * 4 + [True] * 4
+    code, out, _ = benchmark("predict", found.folder, file, "--device", "cpu")
+    assert (code, f"{found.metrics['MAE']:.4f}" in out, "nan" in out) == (0, True, False)
+
+
 # --- unimodal predictions
 
 

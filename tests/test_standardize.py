@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import registry
 from registry import InputError, load_run
@@ -101,6 +101,9 @@ def test_a_run_keeps_its_statistics_and_predicts_with_them(tmp_path, encoder):
         table = registry.predict(run, data, split="test")
         np.testing.assert_allclose(table["prediction"], run.predictions["prediction"], atol=1e-6)
     assert load_run(plain.folder).scale is None
+    save_file({name: value for name, value in kept.items() if "scale" not in name}, found.folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"the statistics of .* cannot be made again"):
+        registry.predict(found.folder, data)
 
 
 def test_runs_from_before_these_keys_are_found(tmp_path, encoder):

@@ -52,7 +52,7 @@ def predict(
         write_predictions(run, table, target)
     else:
         rows = [
-            {str(name): value if isinstance(value, str) else f"{value:.4f}" for name, value in row.items()}
+            {str(name): value if isinstance(value, str) else _figure(value) for name, value in row.items()}
             for row in table.head(ROWS).to_dict("records")
         ]
         screen.print_table(f"{run.settings['model']}, seed {run.settings['seed']}", rows)
@@ -69,6 +69,10 @@ def predict(
         )
     if target is not None:
         screen.say(f"{len(table)} predictions written to {escape(str(target))}")
+
+
+def _figure(value: float) -> str:
+    return "-" if value != value else f"{value:.4f}"
 
 
 @app.command()
