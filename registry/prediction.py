@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,9 +29,6 @@ from .labels import find_runs
 from .metrics import regression
 from .runs import Run, finite, load_run, require_file, write_file
 from .training import Watcher
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Features = str | Path | Mapping[str, Any] | None
 FORMATS = (".csv", ".json")
