@@ -1,4 +1,4 @@
-"""An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run` and the contract for plugins.
+"""An MMSA-style benchmark for multimodal sentiment analysis: `run`, `load_run`, `predict` and the contract for plugins.
 
 `registry.metrics` holds the metrics, `registry.progress` what shows a run's progress, `registry.testing` the checks for
 plugin authors.
@@ -24,6 +24,8 @@ _HOME = {
     "registry.data.own_file": "write_feature_file",
     "registry.data.text": "TextEncoder find_text_encoder",
     "registry.reporting": "report",
+    "registry.hub": "pull push",
+    "registry.prediction": "predict",
     "registry.runs": "Run load_run",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -416,7 +416,11 @@ def _train_seed(
         summary=summary,
         environment=environment(device, job, started),
         tables=tables,
-        modules={"model": model, **{f"hook.{name}": hook for name, hook in hooks.items()}},
+        modules={
+            "model": model,
+            **{f"hook.{name}": hook for name, hook in hooks.items()},
+            **({"scale": job.scale} if job.scale else {}),
+        },
         log=[*job.notes, *map(str, outcome.history), *said],
     )
     return True

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SkipValidation
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
@@ -26,6 +26,17 @@ class Config(BaseModel):
     """Base of every config: unknown keys are errors, types are strict, values do not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+MODALITIES = ("text", "audio", "vision")
+
+
+def _some_modalities(given: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [name for name in given if name not in MODALITIES]:
+        raise ValueError(f"must be any of {', '.join(MODALITIES)}, and has {wrong[0]!r}")
+    if {*given} == {*MODALITIES}:
+        raise ValueError("must leave one modality")
+    return tuple(name for name in MODALITIES if name in given)
 
 
 class Training(Config):
@@ -47,6 +58,12 @@ class Training(Config):
     early_stop: int = Field(8, ge=1, description="epochs without a better validation MAE before training ends")
     epochs: int | None = Field(None, ge=1, description="most epochs to train; no cap by default")
     tail: Literal["step", "drop"] = Field("step", description="update on an epoch's incomplete last group, or drop it")
+    standardize: bool = Field(
+        False, description="audio and vision less the mean of each feature, by its deviation, over train's real steps"
+    )
+    without: Annotated[tuple[str, ...], AfterValidator(_some_modalities)] = Field(
+        (), description="modalities that are silent: a step of zeros for audio or vision, no words for text"
+    )
 
 
 class Rates(Config):
@@ -221,6 +238,10 @@ class TrainingHook(nn.Module):
 
     def load_progress_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `progress_state` returned, as CPU tensors."""
+
+    def unimodal(self, output: FusionOutput) -> dict[str, Tensor]:
+        """Return the sentiment (B) by modality that the hook's own heads, if it has some, see in a model's output."""
+        return {}
 
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return tables `{name: {column: sequence or array of values}}` to save with the run as `NAME.csv`.

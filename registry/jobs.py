@@ -18,9 +18,11 @@ import torch
 
 from .config import RunConfig, as_typed, resolve
 from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
+from .data.absence import silenced
 from .data.batches import Split, arrays_of
 from .data.feature_file import FeatureFile, read_feature_file
 from .data.modality_files import Paths, checked_paths, with_features
+from .data.standardize import Scale
 from .data.store import Registered, Store
 from .data.text import TextEncoder, find_text_encoder, tokenise, with_frozen_text
 from .errors import InputError, blaming
@@ -122,6 +124,8 @@ class Plan:
                 raise InputError(f"generate of dataset {self.dataset.name!r} must return a registry.FeatureFile")
         if parts:
             file = with_features(file, parts, label_range=self.label_range)
+        config = self.config.model
+        file = silenced(file, config.without, {})
         _check_needs(self, file)
         notes = [*file.notes, *_oddities(self, file)]
         tokens = None
@@ -154,7 +158,8 @@ class Plan:
             aligned=file.aligned,
             text_encoder=encoder,
         )
-        return Job(self, info, file, tokens, notes, precision)
+        scale = Scale.of(arrays, read) if config.standardize else None
+        return Job(self, info, file, tokens, notes, precision, scale)
 
     def place_of(self, data: str | Path | None, data_root: str | Path | None = None) -> Path | Registered | None:
         """Return the feature file or the registered one that is meant, None where the dataset makes its own data.
@@ -192,12 +197,16 @@ class Job:
     """what the user should know of the data"""
     precision: str = "fp32"
     """one of `PRECISIONS`"""
+    scale: Scale | None = None
+    """what audio and vision are standardised by, where they are"""
 
     def split(self, name: str, device: torch.device) -> Split:
         """Return the split "train", "valid" or "test" on a device."""
         assert self.file is not None
         tokens = self.tokens[name] if self.tokens and "text" in self.plan.needs else None
-        return Split(self.file.splits[name], tokens, device, train=name == "train", needs=self.plan.needs)
+        return Split(
+            self.file.splits[name], tokens, device, train=name == "train", needs=self.plan.needs, scale=self.scale
+        )
 
     def settings(self) -> dict[str, Any]:
         """Everything that can change a result apart from the seed, as it is written to `config.json`."""
@@ -327,7 +336,8 @@ def _oddities(plan: Plan, file: FeatureFile) -> list[str]:
         for name, clips, size in found
         if clips != size
     ]
-    arrays = {name: getattr(file.splits["train"], name) for name in arrays_of(plan.needs)}
+    read = [name for name in arrays_of(plan.needs) if name not in plan.config.model.without]
+    arrays = {name: getattr(file.splits["train"], name) for name in read}
     # Clip by clip: a large file is mapped into memory, and its first clips tell.
     of_one_value = {
         name: all((clip == array.flat[0]).all() for clip in array)
@@ -342,15 +352,19 @@ def _check_needs(plan: Plan, file: FeatureFile) -> None:
     train, name = file.splits["train"], plan.spec.name
     for need in plan.needs:
         if need == "alignment":
+            if plan.config.model.without:
+                raise InputError(
+                    f"{name} needs word-aligned features, of which none can be silent: leave out without=…"
+                )
             if not file.aligned or ("text_features" in plan.needs and train.text_lengths is None):
                 raise InputError(f"{name} needs word-aligned features, and {file.name} is not aligned")
         elif need in ("text", "text_features", "audio", "vision"):
             has_text = train.text_bert is not None or train.raw_text is not None
             has_text |= need == "text_features" and train.text is not None
             if not has_text if need.startswith("text") else getattr(train, need) is None:
-                hint = (
-                    " (leave it out with --set modalities=…)" if "modalities" in plan.spec.config.model_fields else ""
-                )
+                leaves_out = "modalities" in plan.spec.config.model_fields
+                setting = "modalities=…" if leaves_out else f"without={need.removesuffix('_features')}"
+                hint = f" (leave it out with --set {setting})"
                 key = {"text": "text_bert or raw_text", "text_features": "text, text_bert or raw_text"}.get(need, need)
                 raise InputError(f"{name} needs {need}, and {file.name} has no key {key}{hint}")
         elif need != "padding" and need not in train.labels:

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .jobs import Job
+    from .contract import DataInfo, TrainingHook
+    from .data.standardize import Scale
+    from .jobs import Job, Plan
 
 FINISHED = "metrics.json"
 WEIGHTS = "model.safetensors"
@@ -46,10 +48,15 @@ _KEYS = {
     "environment.json": (),
 }
 """what the files of a finished run have"""
+_LATER_KEYS: dict[str, Any] = {"standardize": False, "without": []}
+"""Keys of every model that came later: a run from before is one that has them at these values."""
 
 
 def identity(settings: Mapping[str, Any]) -> str:
     """Return the config hash: 12 hex digits of everything that can change a result, apart from the seed."""
+    if isinstance(config := settings.get("config"), Mapping):
+        known = {key: value for key, value in config.items() if key not in _LATER_KEYS or _LATER_KEYS[key] != value}
+        settings = {**settings, "config": known}
     text = json.dumps(settings, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -281,44 +288,111 @@ class Run:
             raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
     @cached_property
-    def model(self) -> nn.Module:
-        """The model with the best epoch's weights, on the CPU, in evaluation mode."""
-        import torch
-        from safetensors.torch import load_file
+    def plan(self) -> Plan:
+        """Its model, hooks, dataset and configuration, as they are registered now.
 
+        Raises:
+            InputError: one is not registered, or is another by now.
+        """
         from .config import resolve
-        from .contract import DataInfo
-        from .data.text import TextEncoder
-        from .data.text_model import set_precision
-        from .isolation import isolated
+        from .jobs import Plan
         from .plugins import Plugins
 
         settings = self.settings
         plugins = Plugins(self.plugins)
         try:
-            _, spec, hooks = plugins.load_model(str(settings.get("model")))
+            name, spec, hooks = plugins.load_model(str(settings.get("model")))
         except InputError as error:
             raise InputError(f"{error}; a model that is not packaged is loaded with plugins=[…]") from error
         source = plugins.entry("model", spec.name).source_sha256
         if (self.environment.get("sources") or {}).get(f"model {spec.name}") != source:
-            warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=3)
-        try:
+            warnings.warn(f"the source of {spec.name} is not what it was in the run {self.folder}", stacklevel=5)
+        with self._made_again("model"):
             dataset = plugins.load("dataset", settings["dataset"])
-            config = resolve(spec, hooks, dataset, overrides=settings["config"]).model
-            facts = {name: value for name, value in settings["data"].items() if name in DataInfo.__annotations__}
+            config = resolve(spec, hooks, dataset, overrides=settings["config"])
+            return Plan(name, spec, hooks, dataset, config, settings["data"]["label_range"], {}, {})
+
+    @cached_property
+    def info(self) -> DataInfo:
+        """What the model was told of the data; its text encoder has random weights."""
+        from .contract import DataInfo
+        from .data.text import TextEncoder
+
+        with self._made_again("model"):
+            facts = {name: value for name, value in self.settings["data"].items() if name in DataInfo.__annotations__}
             facts["tasks"] = tuple(facts["tasks"])
-            encoder = settings["text_encoder"]
+            encoder = self.settings["text_encoder"]
             made = TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None
-            with isolated(0, torch.device("cpu")):
-                model = spec.build(config, DataInfo(**facts, text_encoder=made))
-                state = {k: v for k, v in load_file(self.folder / WEIGHTS).items() if k.startswith("model.")}
-                model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
-                set_precision(model, settings["precision"])
+            return DataInfo(**facts, text_encoder=made)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with the best epoch's weights, on the CPU, in evaluation mode."""
+        import torch
+
+        from .data.text_model import set_precision
+        from .isolation import isolated
+
+        plan = self.plan
+        with self._made_again("model"), isolated(0, torch.device("cpu")):
+            model = plan.spec.build(plan.config.model, self.info)
+            model.load_state_dict(self._state("model"))
+            set_precision(model, self.settings["precision"])
+        return model.eval()
+
+    @cached_property
+    def hooks(self) -> dict[str, TrainingHook]:
+        """The hooks by name, as they were at the best epoch, on the CPU, in evaluation mode.
+
+        What they know of the train split is what they have saved; the labels that they are built with are 0.
+        """
+        import torch
+
+        from .contract import TrainingData
+        from .isolation import isolated
+
+        plan, clips = self.plan, 1 if self.settings.get("imported_from") else self.info.n_train
+        made = {}
+        with self._made_again("hooks"), isolated(0, torch.device("cpu")):
+            labels = TrainingData({task: torch.zeros(clips) for task in self.info.tasks}, self.info)
+            for spec in plan.hooks:
+                hook = spec.build(plan.config.hooks[spec.name], labels, self.model.feature_dims)
+                loaded = hook.load_state_dict(self._state(f"hook.{spec.name}"), strict=False)
+                # Parameters must be there; what a hook knows of its train clips is not in a run from the hub.
+                lacking = {name for name, _ in hook.named_parameters()}.intersection(loaded.missing_keys)
+                if wrong := [*loaded.unexpected_keys, *lacking]:
+                    raise ValueError(f"{wrong[0]} is missing or unknown")
+                made[spec.name] = hook.eval()
+        return made
+
+    @cached_property
+    def scale(self) -> Scale | None:
+        """What audio and vision are standardised by, in a run with `standardize=true`."""
+        from .data.standardize import Scale
+
+        if not self.plan.config.model.standardize:
+            return None
+        with self._made_again("statistics"):
+            scale = Scale.from_state(self._state("scale"))
+            if not scale.names and {"audio", "vision"} & {*self.plan.needs}:
+                raise ValueError("they are not among its weights")
+            return scale
+
+    def _state(self, module: str) -> dict[str, torch.Tensor]:
+        """Return the state of a module that was saved."""
+        prefix = f"{module}."
+        with safe_open(self.folder / WEIGHTS, "pt") as file:
+            return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+
+    @contextmanager
+    def _made_again(self, what: str) -> Iterator[None]:
+        """Say what cannot be made of the folder: it was edited, or the plugin is another by now."""
+        try:
+            yield
         except InputError:
             raise
-        except Exception as error:  # the folder was edited, or the model is another by now
-            raise InputError(f"the model of {self.folder} cannot be made again: {one_line(error)}") from error
-        return model.eval()
+        except Exception as error:
+            raise InputError(f"the {what} of {self.folder} cannot be made again: {one_line(error)}") from error
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -331,13 +405,17 @@ def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
     """Read a run folder.
 
     Args:
-        folder: the folder of one seed.
+        folder: the folder of one seed, or `hub:USER/NAME` for a run on the Hugging Face hub.
         plugins: files or modules of models that are not packaged, as for `--plugin`.
 
     Raises:
         InputError: it is not the folder of a finished run.
     """
     given = [plugins] if isinstance(plugins, (str, Path)) else plugins
+    if str(folder).startswith("hub:"):
+        from .hub import pull
+
+        return pull(str(folder), plugins=given)
     run = Run(Path(os.path.expanduser(folder)), tuple(map(str, given)))
     if fault := fault_of(run.folder):
         raise InputError(f"{folder} is not the folder of a finished run: {fault}")
@@ -374,7 +452,10 @@ def fault_of(folder: Path) -> str | None:
     except (OSError, SafetensorError):
         return f"{WEIGHTS} is missing or broken"
     tables = ["predictions"] * bool(metrics) + ["history"] * (summary["best_epoch"] is not None)
+    left_out = summary.get("left_out")  # by whoever sent it to the hub
     for name in (*tables, *summary["artifacts"]):
+        if isinstance(left_out, list) and name in left_out:
+            continue
         path = folder / f"{name}.csv"
         if not path.is_file():
             return f"{path.name} is missing"

@@ -284,6 +284,9 @@ class UlgmHook(TrainingHook):
         epochs = zip(*(state[name].unbind() for name in names), strict=True)
         self.history = [dict(zip(names, labels, strict=True)) for labels in epochs]
 
+    def unimodal(self, output: FusionOutput) -> dict[str, Tensor]:
+        return self.supervision.predict(output.features)
+
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """Return `labels`, every epoch's labels, and, of labels that were generated, what is known of them.
 

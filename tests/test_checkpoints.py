@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from registry import InputError, load_run
+from registry import InputError, load_run, predict
 from registry.checkpoints import import_checkpoint
 from registry.data.store import Store
 from registry.plugins import Plugins
@@ -90,6 +90,15 @@ def test_the_unimodal_heads_come_along(tmp_path, state, place):
     saved = load_file(run.folder / "model.safetensors")
     head = saved["hook.ulgm.supervision.heads.text.layer_1.weight"]
     assert torch.equal(head, state["Model.post_text_layer_1.weight"])
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_an_imported_checkpoint_predicts_other_clips(tmp_path, trace, state, place, with_data):
+    given = place if with_data else {**place, "data": None}
+    run = import_checkpoint("self_mm", save(tmp_path, state), "trace", **given)
+    table = predict(run.folder, place["data"], split="test", plugins=place["plugins"], device="cpu")
+    for task, column in (("M", "prediction"), ("T", "text"), ("A", "audio"), ("V", "vision")):
+        np.testing.assert_allclose(table[column], trace.arrays[f"final_eval/{task}"], atol=1e-5)
 
 
 def test_without_data_there_is_a_model_and_no_figure(tmp_path, state, place):

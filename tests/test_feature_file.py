@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.data.feature_file import FeatureFile, read_feature_file
+from registry.data.feature_file import CLIPS, FeatureFile, read_clips, read_feature_file
 from registry.errors import InputError
 from tests.helpers import feature_file, make_split, write_features
 
@@ -468,6 +468,42 @@ def test_damaged_files_read_or_are_refused(tmp_path_factory, protocol, changes, 
         assert isinstance(read(path), FeatureFile)
     except InputError as error:
         assert str(path) in str(error)  # noqa: PT017
+
+
+@settings(deadline=None)
+@given(data=contents(), wanted=st.sets(st.sampled_from(["train", "valid", "test"]), min_size=1), flat=st.booleans())
+def test_parts_of_a_valid_file_are_clips_to_predict(data, wanted, flat):
+    """Without labels and ids, as some splits, or as the keys of one."""
+    expected, written = data
+    parts = {s: {k: v for k, v in written[s].items() if k not in ("id", "regression_labels")} for s in sorted(wanted)}
+    first = sorted(wanted)[0]
+    file = read_clips(parts[first] if flat else parts, label_range=3.0)
+    assert set(file.splits) == ({CLIPS} if flat else wanted)
+    result, arrays = file.splits[CLIPS if flat else first], expected[first]
+    assert (len(result.ids), result.labels) == (len(arrays["id"]), {})
+    for key in ("text", "audio", "vision", "text_bert", "audio_lengths", "vision_lengths"):
+        value = getattr(result, key)
+        assert (value is None) == (key not in arrays)
+        if value is not None:
+            np.testing.assert_array_equal(value, np.asarray(arrays[key]).astype(value.dtype))
+
+
+NUMBERS = st.integers(-3, 200) | st.floats(width=32) | st.booleans()
+JUNK = st.recursive(
+    st.none() | NUMBERS | st.text(max_size=3) | st.binary(max_size=3) | st.just(np.ones((1, 3, 2))),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=6,
+)
+KEYS = ("id", "raw_text", "text_bert", "text", "audio", "audio_lengths", "vision", "regression_labels", "test", "x")
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS), JUNK))
+def test_any_content_is_read_or_refused(content):
+    try:
+        assert isinstance(read_clips(content, label_range=3.0), FeatureFile)
+    except InputError as error:
+        assert "the clips cannot be used" in str(error)  # noqa: PT017
 
 
 # --- real files

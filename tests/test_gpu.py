@@ -569,3 +569,17 @@ def test_deterministic_runs_are_equal_to_the_last_bit_also_when_interrupted(name
     with pytest.raises(KeyboardInterrupt):
         content("third", watcher=InterruptedIn(3))
     assert content("third") == first
+
+
+@pytest.mark.parametrize("model", ["self_mm", "lf_dnn+heads"])
+def test_a_run_predicts_the_same_on_either_device(tmp_path, model):
+    encoder, data = str(tiny_encoder(tmp_path / "encoder")), feature_file(tmp_path)
+    config = {"epochs": 2, "batch_size": 4, "standardize": True}
+    options = {"text_encoder": encoder, "label_range": 3.0, "runs": tmp_path / "runs", "precision": "fp32"}
+    run = registry.load_run(
+        registry.run(model, "custom", data=data, config=config, device="cuda", **options).runs[0].folder
+    )
+    on_cpu, on_gpu = (registry.predict(run, data, split="test", device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(on_gpu["prediction"], run.predictions["prediction"], atol=1e-5)
+    for name in ("prediction", "text", "audio", "vision"):
+        np.testing.assert_allclose(on_cpu[name], on_gpu[name], atol=1e-4)

@@ -107,7 +107,7 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
 def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     helps = {}
     single = ("run", "compare", "table", "report", "list", "describe", "check", "labels", "import-checkpoint")
-    for command in single:
+    for command in (*single, "predict", "missing", "push", "pull"):
         monkeypatch.setenv("COLUMNS", "200")
         helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
     subcommands = {"add", "list", "remove", "get", "check", "from-csd"}

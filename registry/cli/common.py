@@ -110,3 +110,8 @@ def seeds_of(texts: Iterable[str]) -> list[int]:
             raise InputError(f"--seeds {text}: more than 1000 seeds in one range")
         seeds += range(int(first), int(last if dash else first) + 1)
     return seeds
+
+
+def names_of(text: str | None) -> list[str]:
+    """Read names with commas between."""
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []

@@ -36,6 +36,7 @@ from .common import (
     app,
     features_of,
     interrupted,
+    names_of,
     overrides_of,
     seeds_of,
 )
@@ -129,7 +130,7 @@ def compare(
                 deterministic=deterministic,
                 runs=runs,
                 plugins=plugin,
-                metrics=_names(metrics),
+                metrics=names_of(metrics),
                 watcher=watcher,
                 jobs=jobs,
                 before=lambda name, number, of: watcher.note(f"model {number} of {of}: {name}"),
@@ -163,7 +164,7 @@ def table(
 
     form = _checked_format(form, target)
     results = _published_results(plugin) if published else None
-    comparison = collect(folders, reference, dataset=dataset, metrics=_names(metrics), plugins=plugin)
+    comparison = collect(folders, reference, dataset=dataset, metrics=names_of(metrics), plugins=plugin)
     _show_comparison(comparison, form, target, results)
     if any(row.note for row in comparison.rows):
         raise typer.Exit(1)
@@ -185,10 +186,6 @@ def _checked_format(form: str | None, target: Path | None) -> str:
         if not target.absolute().parent.is_dir():
             raise InputError(f"--out {target} is in a folder that does not exist")
     return form
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
 
 
 def _published_results(plugin: Sequence[str]) -> list[PublishedResult]:

@@ -45,6 +45,20 @@ def print_table(title: str, rows: Sequence[dict[str, str]], unbroken: int = 0) -
     out.print(table, crop=False)
 
 
+def print_in_pieces(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Print a table in as many pieces as the terminal's width asks for; each has the first column."""
+    first, *others = rows[0]
+    while others:
+        fits = (n for n in range(len(others), 1, -1) if _width(rows, [first, *others[:n]]) <= out.width)
+        columns = [first, *others[: next(fits, 1)]]
+        print_table(title, [{column: row[column] for column in columns} for row in rows])
+        others, title = others[len(columns) - 1 :], f"{title.removesuffix(', continued')}, continued"
+
+
+def _width(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> int:
+    return table_of([{column: row[column] for column in columns} for row in rows], fold=False)[1]
+
+
 def table_of(rows: Sequence[dict[str, str]], *, fold: bool, unbroken: int = 0) -> tuple[Table, int]:
     """Return a table and the width it needs.
 

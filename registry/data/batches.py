@@ -17,6 +17,7 @@ from registry.contract import Batch, FusionOutput
 from registry.errors import RunFailed
 
 from .feature_file import SplitArrays
+from .standardize import Scale
 from .text_model import SPARE
 
 SHARE_OF_MEMORY = 0.5
@@ -39,6 +40,7 @@ class Split:
         train: whether batches show labels and row numbers; outside training a model sees neither.
         needs: which of `"audio"`, `"vision"` and `"text_features"` batches carry; with `"padding"` they are not
             trimmed.
+        scale: standardises the real steps of the inputs that it knows, batch by batch.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class Split:
         *,
         train: bool,
         needs: Sequence[str] = ("audio", "vision"),
+        scale: Scale | None = None,
     ) -> None:
         self.train = train
+        self._clips = len(arrays.ids)
         self.device = device
         self.trims = "padding" not in needs
         self.labels = {task: _tensor(values).to(device) for task, values in arrays.labels.items()}
@@ -70,9 +74,10 @@ class Split:
         self._home = _home(sizes if tokens is None else [*sizes, tokens.nbytes], device)
         self._tokens = None if tokens is None else _tensor(tokens).to(self._home)
         self._sequences = {name: _Sequences.of(array, real[name], self._home) for name, array in given.items()}
+        self._scale = scale.to(device) if scale else None
 
     def __len__(self) -> int:
-        return len(self.labels["M"])
+        return self._clips
 
     def sizes(self, rows: Tensor, *, rounded: bool = False) -> dict[str, int]:
         """Return how long the sequences of a batch of `rows` (B, int64, on the host) are, padding included.
@@ -104,6 +109,9 @@ class Split:
         tensors: dict[str, Any] = {
             name: self._sent(sequences.of_clips(at_home, sizes[name])) for name, sequences in self._sequences.items()
         }
+        if self._scale is not None:
+            for name in tensors.keys() & {*self._scale.names}:
+                tensors[name] = self._scale(name, tensors[name], self._device_lengths[f"{name}_lengths"][at])
         if self._tokens is not None:
             tokens = self._sent(self._tokens[..., : sizes["tokens"]][at_home])
             tensors |= {"text_ids": tokens[:, 0], "text_mask": tokens[:, 1], "text_segments": tokens[:, 2]}
@@ -201,14 +209,19 @@ def forward(model: nn.Module, split: Split, rows: Tensor, chunk: int) -> FusionO
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split) -> Tensor:
-    """Return the predictions (N) of a whole split, float32, in evaluation mode, in the file's order."""
+def output_on(model: nn.Module, split: Split) -> FusionOutput:
+    """Return a model's output for a whole split, in evaluation mode, in the file's order."""
     model.eval()
     rows = torch.arange(len(split))
     if split.device.type == "cuda":
         with suppress(torch.OutOfMemoryError):
-            return forward(model, split, rows, 256).prediction.float()
-    return forward(model, split, rows, 32).prediction.float()
+            return forward(model, split, rows, 256)
+    return forward(model, split, rows, 32)
+
+
+def predict(model: nn.Module, split: Split) -> Tensor:
+    """Return the predictions (N) of a whole split, float32, in evaluation mode, in the file's order."""
+    return output_on(model, split).prediction.float()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ FORMAT = 2
 """raised when files are read otherwise than before, or hold other things: what was kept of them is then not used"""
 
 SPLITS = ("train", "valid", "test")
+CLIPS = "clips"
+"""the split that clips without splits are, where labels are not wanted"""
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
 KEYS = ("id", *_INPUTS, "text_lengths", "audio_lengths", "vision_lengths", *LABELS.values())
@@ -118,13 +120,54 @@ def made_of(content: Mapping[str, Any], name: str, sha256: str, known_sha256: Ma
 
 def read_content(path: Path, label_range: float) -> dict[str, Any]:
     """Return `aligned`, `notes`, and in `splits` each split's fields; raises InputError."""
-    check = Check(label_range)
+    content = _read(path, Check(label_range))
+    content["splits"] = {name: vars(split) for name, split in content["splits"].items()}
+    return content
+
+
+def read_clips(source: Path | Mapping[str, Any], *, label_range: float) -> FeatureFile:
+    """Return clips whose sentiment is asked for, as checked as a file to train on; ids and labels may be missing.
+
+    What is in it may be any of the splits, or the keys of one: then the split is called `CLIPS`. There one clip may
+    lack the dimension of clips, as MMSA-FET writes a single video: audio and vision (L, d), `text_bert` (3, L); all of
+    its steps are real where no length says otherwise. Clips without `id` are called by the file or their row.
+
+    Args:
+        source: a pickle, or its content.
+        label_range: labels, where there are some, lie in ±this.
+
+    Raises:
+        InputError: as `read_feature_file`.
+    """
+    if isinstance(source, Mapping):
+        return FeatureFile(
+            "the clips", **_checked(_copy(source), "the clips", Check(label_range, complete=False)), sha256=""
+        )
+    path = Path(source)
+    sha256 = file_sha256(path)
+    return FeatureFile(path.name, **_read(path, Check(label_range, complete=False, name=path.stem)), sha256=sha256)
+
+
+def _copy(value: Any) -> Any:
+    """Return what a caller gives, as the checker may change it: new dicts, and arrays in place of tensors."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _read(path: Path, check: Check) -> dict[str, Any]:
+    """Return `aligned`, `notes`, and in `splits` each split's arrays; raises InputError."""
     try:
-        splits, aligned = check.file(load_pickle(path))
+        return _checked(load_pickle(path), path, check)
     except MemoryError:
         raise InputError(f"{path} does not fit into memory ({size(path.stat().st_size)}), or is damaged") from None
-    check.refuse(path)
-    return {"aligned": aligned, "notes": check.notes, "splits": {name: vars(split) for name, split in splits.items()}}
+
+
+def _checked(content: Any, name: object, check: Check) -> dict[str, Any]:
+    splits, aligned = check.file(content)
+    check.refuse(name)
+    return {"splits": splits, "aligned": aligned, "notes": check.notes}
 
 
 def size(count: int) -> str:
@@ -152,13 +195,21 @@ def file_sha256(path: Path, told: Told | None = None) -> str:
     return digest.hexdigest()
 
 
-def _listing(path: Path | str, faults: list[str]) -> str:
+def _listing(path: object, faults: list[str]) -> str:
     if len(faults) == 1:
         return f"{path} cannot be used: {faults[0]}"
     lines = [f"{path} cannot be used: {len(faults)} faults", *faults[:_MOST_FAULTS]]
     if len(faults) > _MOST_FAULTS:
         lines.append(f"and {len(faults) - _MOST_FAULTS} more")
     return "\n  ".join(lines)
+
+
+def _dims(value: Any) -> int | None:
+    """Return how many dimensions a value has; None of rows of different lengths."""
+    try:
+        return np.ndim(value)
+    except ValueError:
+        return None
 
 
 def _describe(value: Any) -> str:
@@ -219,14 +270,24 @@ def _last_step(clip: np.ndarray) -> int:
 
 
 class Check:
-    """Reads splits out of a file's content and collects its faults and notes."""
+    """Reads splits out of a file's content and collects its faults and notes.
 
-    def __init__(self, label_range: float) -> None:
+    Args:
+        label_range: labels lie in ±this.
+        complete: whether every split, ids and labels must be there.
+        name: of a single clip that has none.
+    """
+
+    def __init__(self, label_range: float, *, complete: bool = True, name: str = "clip") -> None:
         self.label_range = label_range
+        self.complete = complete
+        self.name = name
+        self.unpadded: set[str] = set()
+        """features of a single clip, all of whose steps are real"""
         self.faults: list[str] = []
         self.notes: list[str] = []
 
-    def refuse(self, what: Path | str) -> None:
+    def refuse(self, what: object) -> None:
         """Raise an InputError that lists the faults, if there are any; `what` names the file that has them."""
         if self.faults:
             raise InputError(_listing(what, self.faults))
@@ -239,12 +300,23 @@ class Check:
         if not isinstance(content, dict):
             self.fault("content", f"a dict of {', '.join(SPLITS)}", _describe(plain(content)))
             return {}, False
-        for split in SPLITS:
+        wanted: Sequence[str] = SPLITS
+        if not self.complete:
+            wanted = [split for split in SPLITS if split in content]
+            if not wanted and not any(key in content for key in _INPUTS):
+                inputs = f"any of {', '.join(SPLITS)}, or the keys of clips, such as {', '.join(_INPUTS)}"
+                self.fault("content", inputs, ", ".join(map(repr, list(content)[:5])) or "an empty dict")
+                return {}, False
+            if not wanted:
+                wanted, content = [CLIPS], {CLIPS: self.with_clips(content)}
+        for split in wanted:
             if not isinstance(content.get(split), dict):
                 self.fault(split, "a dict of arrays", _describe(plain(content.get(split))))
-        raw = {split: content[split] for split in SPLITS if isinstance(content.get(split), dict)}
+        raw = {split: content[split] for split in wanted if isinstance(content.get(split), dict)}
         for split in raw:
             raw[split] = {key: value for key, value in raw[split].items() if value is not None}
+            if not self.complete and "id" not in raw[split] and (names := self.names(split, raw[split])):
+                raw[split]["id"] = names
         self.presence(raw)
         content.clear()  # so that an array that is converted does not stay twice in memory
         splits = {split: self.split(split, arrays) for split, arrays in raw.items()}
@@ -254,16 +326,36 @@ class Check:
 
     def presence(self, raw: dict[str, dict[str, Any]]) -> None:
         for split, arrays in raw.items():
-            for key in ("id", LABELS["M"]):
+            for key in ("id", LABELS["M"]) if self.complete else ():
                 if key not in arrays:
                     self.fault(f"{split}: {key}", "one a clip", "nothing")
             if not any(key in arrays for key in _INPUTS):
                 self.fault(split, f"at least one of {', '.join(_INPUTS)}", "none")
-        for key in (*_INPUTS, *list(LABELS.values())[1:]):
+        for key in (*_INPUTS, *(list(LABELS.values())[1:] if self.complete else ())):
             having = [split for split in raw if key in raw[split]]
             for split in raw:
                 if having and split not in having:
                     self.fault(f"{split}: {key}", f"it, since {having[0]} has it", "nothing")
+
+    def with_clips(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys of a split, with the dimension of clips where a single clip lacks it."""
+        made = dict(arrays)
+        alone = {"id": 0, "raw_text": 0, "text_bert": 2, "text": 2, "audio": 2, "vision": 2}
+        alone |= dict.fromkeys((*LABELS.values(), "audio_lengths", "vision_lengths"), 0)
+        for key, dims in alone.items():
+            value = plain(made.get(key))
+            if value is not None and _dims(value) == dims:
+                made[key] = [value] if dims == 0 else np.asarray(value)[None]
+                self.unpadded.add(key)
+        return made
+
+    def names(self, split: str, arrays: Mapping[str, Any]) -> list[str] | None:
+        """Return names for the clips of a split that has none, as many as its first input has rows."""
+        inputs = (plain(arrays[key]) for key in _INPUTS if key in arrays)
+        clips = next((len(rows) for rows in inputs if _dims(rows)), 0)
+        if split == CLIPS:
+            return [self.name] if clips == 1 else [str(row) for row in range(clips)]
+        return [f"{split}_{row}" for row in range(clips)]
 
     def split(self, split: str, arrays: dict[str, Any]) -> SplitArrays:
         ids = self.strings(f"{split}: id", arrays.pop("id", None)) or []
@@ -416,8 +508,8 @@ class Check:
                     lengths = arrays.text_lengths.copy()
                 elif value is not None:
                     lengths = self.given_lengths(where, value, features)
-                elif features.shape[1] == 1:
-                    lengths = np.ones(len(features), dtype=np.int64)
+                elif features.shape[1] == 1 or modality in self.unpadded:
+                    lengths = np.full(len(features), features.shape[1], dtype=np.int64)
                 else:
                     self.fault(where, f"one length a clip, since {modality} has {features.shape[1]} steps", "nothing")
                     continue
