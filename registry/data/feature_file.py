@@ -24,6 +24,8 @@ SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 _LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
 _MOST_FAULTS = 20
+_LONGEST = 200
+"""characters of what was found, in a fault"""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -150,6 +152,13 @@ def _describe(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
+def _holds_text(rows: Any) -> bool:
+    if isinstance(rows, list):
+        kinds = {*map(type, rows)}
+        return bool(kinds & {str, bytes}) or (bool(kinds & {list, np.ndarray}) and any(map(_holds_text, rows)))
+    return isinstance(rows, np.ndarray) and rows.dtype.kind in "SU"
+
+
 def _clean(text: Any) -> str:
     """Return text that can be written as UTF-8."""
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
@@ -165,6 +174,7 @@ class _Check:
         self.notes: list[str] = []
 
     def fault(self, where: str, expected: str, found: str) -> None:
+        found = found if len(found) < _LONGEST else f"{found[:_LONGEST]}…"
         self.faults.append(f"{where}: expected {expected}, found {found}")
 
     def file(self, content: Any) -> tuple[dict[str, SplitArrays], bool]:
@@ -248,8 +258,12 @@ class _Check:
         """Return an array of `dims` dimensions and `clips` rows, float32 or, if `whole`, int64; None if it is not."""
         if value is None:
             return None
+        rows = plain(value)
+        if _holds_text(rows):  # numpy would give every item the longest one's room
+            self.fault(where, "numbers", "text among them")
+            return None
         try:
-            array = np.asarray(plain(value))
+            array = np.asarray(rows)
         except (ValueError, OverflowError):  # rows of different lengths
             self.fault(where, f"an array of {dims} dimensions", "rows of different shapes")
             return None
