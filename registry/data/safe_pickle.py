@@ -40,9 +40,6 @@ class _Maker:
     def __call__(self, *args: Any) -> Any:
         return self.make(*args)
 
-    def __setstate__(self, state: Any) -> None:
-        raise TypeError("an admitted name has no state")
-
 
 class _DType:
     """Stands for a dtype: a forged state of a real one makes numpy take bytes for pointers."""
@@ -136,6 +133,13 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     is handed to an admitted name is counted: a short file could have a long text copied again and again.
     """
 
+    stack: list[Any]
+    memo: dict[int, Any]  # type: ignore[assignment]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(file, encoding="latin1")
         self._file, self._size = file, size
@@ -175,8 +179,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self._instantiate(self.stack.pop(), arguments)
 
     def load_build(self) -> None:
-        self._spend(self.stack[-1])
-        super().load_build()
+        state = self.stack.pop()
+        self._spend(state)
+        self.stack[-1].__setstate__(state)  # an array or a dtype; nothing else has it
 
     def load_put(self) -> None:
         place = int(self.readline())
