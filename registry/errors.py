@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""C0 and C1 without tab and line feed, and what turns the direction of text"""
 
 
 class BenchmarkError(Exception):
@@ -40,6 +44,11 @@ def blaming(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{what} fails: {one_line(error)}") from error
+
+
+def printable(text: str) -> str:
+    """Return text with every control character but a line's end as it is spelled: a terminal would obey it."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: BaseException) -> str:

@@ -324,7 +324,7 @@ def test_too_large_for_memory(tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr("registry.data.safe_pickle._Unpickler.load", full)
+    monkeypatch.setattr("registry.data.safe_pickle.Unpickler.load", full)
     assert "does not fit into memory" in refusal(feature_file(tmp_path))
 
 

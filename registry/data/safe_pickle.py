@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -21,7 +21,7 @@ _MOST_DIMENSIONS = 64  # numpy's own
 _SIZED = (str, bytes, bytearray, memoryview, list, tuple, dict)
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """The file asks for something that is not admitted."""
 
 
@@ -46,7 +46,7 @@ class _DType:
 
     def __init__(self, code: str, *_: Any) -> None:
         if not re.fullmatch(r"[biufc]\d{1,2}|[SU]\d{1,9}|O[48]?", code):
-            raise _RefusedError(f"numpy.dtype({code!r})")
+            raise RefusedError(f"numpy.dtype({code!r})")
         self.dtype = np.dtype(code[0] if code[0] == "O" else code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -94,7 +94,7 @@ def _array_from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: 
 
 def _encode(text: str, encoding: str = "") -> bytes:
     if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise _RefusedError("_codecs.encode")
+        raise RefusedError("_codecs.encode")
     return text.encode("latin1")
 
 
@@ -104,7 +104,7 @@ def _dict(pairs: Any = ()) -> dict[str, Any]:
 
 def _bytearray(data: bytes = b"") -> bytearray:
     if not isinstance(data, bytes):
-        raise _RefusedError("builtins.bytearray")
+        raise RefusedError("builtins.bytearray")
     return bytearray(data)
 
 
@@ -125,14 +125,15 @@ _ADMITTED: dict[str, Callable[..., Any]] = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """Admits `_ADMITTED`. Pickle's Python version, as the C version lets one damaged byte claim 64 GB for its memo.
+class Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Admits what is `admitted`. In Python, as pickle's C version lets one damaged byte claim 64 GB for its memo.
 
     Entries of dicts whose keys are no text, and members of sets, are left out: nothing reads them, and the hash of a
     forged value can take hours or the whole C stack. No claim of a length is believed beyond the file's own, and what
     is handed to an admitted name is counted: a short file could have a long text copied again and again.
     """
 
+    admitted: ClassVar[Mapping[str, Callable[..., Any]]] = _ADMITTED
     stack: list[Any]
     memo: dict[int, Any]  # type: ignore[assignment]
     append: Callable[[Any], None]
@@ -155,15 +156,15 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         if not re.fullmatch(r"[\w.]+", module + name):  # a text file's first line can look like a request
             raise pickle.UnpicklingError("not a name")
         wanted = f"{module.replace('__builtin__', 'builtins')}.{name}"
-        if wanted not in _ADMITTED:
-            raise _RefusedError(f"{module}.{name}")
-        return _Maker(_ADMITTED[wanted])
+        if wanted not in self.admitted:
+            raise RefusedError(f"{module}.{name}")
+        return _Maker(self.admitted[wanted])
 
     def get_extension(self, code: int) -> None:
-        raise _RefusedError(f"extension {code}")
+        raise RefusedError(f"extension {code}")
 
     def persistent_load(self, pid: Any) -> None:
-        raise _RefusedError("an object outside the file")
+        raise RefusedError("an object outside the file")
 
     def _spend(self, parts: Any) -> None:
         self._left -= sum(len(part) for part in parts if isinstance(part, _SIZED))
@@ -248,10 +249,10 @@ def load_pickle(path: Path) -> Any:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            content = None if is_zip else _Unpickler(file, size).load()
+            content = None if is_zip else Unpickler(file, size).load()
         if _items(content, {}) > max(size, _MOST_ITEMS):
             raise _RepeatsError
-    except _RefusedError as error:
+    except RefusedError as error:
         asked = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"
         raise InputError(
             f"{path} asks to load {asked!r}; a feature file may hold numpy arrays and plain containers only"

@@ -95,7 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--folder", type=Path, help="keeps corpus and faults of a target of bytes; a new one by default")
+    parser.add_argument(
+        "--folder", type=Path, help="keeps corpus and faults of a target of bytes; a new one by default"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix=f"fuzz-{arguments.target}-"))
     read, drawn = TARGETS[arguments.target](folder / "work")

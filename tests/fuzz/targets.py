@@ -1,4 +1,4 @@
-"""What is fuzzed: by name, a function that makes in a folder the reader of one input, and seeds or a strategy of them."""
+"""What is fuzzed: each function makes, in a folder, the reader of one input, and seeds or a strategy of inputs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ SMALL = {"train": 2, "valid": 1, "test": 1}
 def instrumented() -> Iterator[Any]:
     """Yield the functions whose branches guide atheris, Python's own readers among them."""
     import json.decoder
+
     import tomllib._parser
 
     from registry import checkpoints, config, runs
@@ -72,7 +73,9 @@ def _programs(draw: Any) -> bytes:
 
     parts: list[bytes] = [pickle.PROTO + b"\x04"]
     number = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**62, 2**63, 2**64, -(2**63), 3**300]))
-    alone = b"N(0.l t]}) \x85\x86\x87 \x88\x89 2 1 a e s u b R o \x81 \x92 \x8f \x90 \x91 \x93 \x94 \x97 \x98".replace(b" ", b"")
+    alone = b"N(0.l t]}) \x85\x86\x87 \x88\x89 2 1 a e s u b R o \x81 \x92 \x8f \x90 \x91 \x93 \x94 \x97 \x98".replace(
+        b" ", b""
+    )
     for _ in range(draw(st.integers(1, 60))):
         kind = draw(st.integers(0, 9))
         if kind < 4:
@@ -89,7 +92,9 @@ def _programs(draw: Any) -> bytes:
         elif kind == 8:
             parts.append(draw(st.sampled_from([b"q", b"h"])) + bytes([draw(st.integers(0, 5))]))
         else:
-            array = np.zeros(draw(st.lists(st.integers(0, 3), max_size=3)), draw(st.sampled_from(["f4", "O", "U2", "?"])))
+            array = np.zeros(
+                draw(st.lists(st.integers(0, 3), max_size=3)), draw(st.sampled_from(["f4", "O", "U2", "?"]))
+            )
             parts.append(pickle.dumps(array, protocol=draw(st.integers(0, 3)))[:-1].removeprefix(b"\x80"))
     return b"".join(parts) + b"."
 
@@ -195,7 +200,9 @@ def configs(folder: Path) -> tuple[Reader, list[bytes]]:
 
 
 _JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just("../../x"), st.just(10**400)),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just("../../x"), st.just(10**400)
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=5,
 )
@@ -233,7 +240,9 @@ def _changed_csv(draw: Any, text: str) -> str:
     lines = [line.split(",") for line in text.splitlines()]
     for _ in range(draw(st.integers(1, 3))):
         line = draw(st.sampled_from(lines))
-        cell = st.one_of(st.text(max_size=5), st.sampled_from(["", "nan", "inf", "1e999", '"', "9" * 400, "=1+1", "\x1b[2J"]))
+        cell = st.one_of(
+            st.text(max_size=5), st.sampled_from(["", "nan", "inf", "1e999", '"', "9" * 400, "=1+1", "\x1b[2J"])
+        )
         line[draw(st.integers(0, len(line) - 1))] = draw(cell)
     return "\n".join(map(",".join, lines)) + "\n"
 
@@ -324,7 +333,7 @@ def models(folder: Path) -> tuple[Reader, Any]:
 
     def read(text: str) -> None:
         (place / "config.json").write_text(text)
-        load_run(place).model
+        assert load_run(place).model
 
     return read, _changed_json(settings)
 
