@@ -6,9 +6,7 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,9 +20,9 @@ from .data.feature_file import file_sha256
 from .data.safe_pickle import RefusedError, Unpickler
 from .errors import InputError, blaming
 from .isolation import isolated
-from .jobs import Job, Plan, make_plan
+from .jobs import Job, make_plan
 from .plugins import Plugins
-from .runs import Run, environment, load_run, require_writable, write_run
+from .runs import Run, environment, load_run, require_fit, require_writable, write_run
 from .training import Watcher
 
 CPU = torch.device("cpu")
@@ -165,25 +163,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _rehearse(plan: Plan, info: DataInfo, state: Mapping[str, Tensor]) -> None:
-    """Load the weights into a network that takes no memory: a small file can claim layers of any size.
-
-    Raises:
-        RuntimeError: they do not fit.
-    """
-    encoder = info.text_encoder
-    network = None
-    with suppress(Exception), torch.device("meta"):  # not every model can be built so
-        without_weights = replace(info, text_encoder=encoder and replace(encoder, source=None))
-        network = plan.spec.build(plan.config.model, without_weights)
-    if network is not None:
-        network.load_state_dict(state, assign=True)
-
-
 def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     plan = job.plan
     try:
-        _rehearse(plan, job.info, found["model"])
+        require_fit(plan.spec, plan.config.model, job.info, found["model"])
         network = plan.spec.build(plan.config.model, job.info)
         labels = TrainingData({"M": torch.zeros(1)}, job.info)
         hooks = {

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """C0 and C1 without tab and line feed, and what turns the direction of text"""
 
+_LONGEST_NAME = 100
+
 
 class BenchmarkError(Exception):
     """Something the user can act on; the message is one sentence saying what, got, allowed and what to do."""
@@ -30,6 +32,7 @@ class RunFailed(BenchmarkError):
 def unknown(kind: str, name: str, available: Iterable[str]) -> str:
     """Return `unknown model 'tfm', did you mean 'tfn'? (available: lmf, tfn)`."""
     names = sorted(available)
+    name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
     close = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f", did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}{hint} (available: {', '.join(names) or 'none'})"

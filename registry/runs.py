@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from importlib import metadata
@@ -35,8 +35,9 @@ from .run_files import FILES, read_json
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
+    from .contract import DataInfo, ModelSpec
     from .jobs import Job
 
 FINISHED = "metrics.json"
@@ -310,10 +311,13 @@ class Run:
             facts["tasks"] = tuple(facts["tasks"])
             encoder = settings["text_encoder"]
             made = TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None
+            info = DataInfo(**facts, text_encoder=made)
+            saved = load_file(self.folder / WEIGHTS).items()
+            state = {name.removeprefix("model."): tensor for name, tensor in saved if name.startswith("model.")}
             with isolated(0, torch.device("cpu")):
-                model = spec.build(config, DataInfo(**facts, text_encoder=made))
-                state = {k: v for k, v in load_file(self.folder / WEIGHTS).items() if k.startswith("model.")}
-                model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+                require_fit(spec, config, info, state)
+                model = spec.build(config, info)
+                model.load_state_dict(state)
                 set_precision(model, settings["precision"])
         except InputError:
             raise
@@ -336,6 +340,22 @@ def _with_numbers(run: Run, name: str, *columns: str) -> pd.DataFrame:
     if wrong := sorted({*columns} - {*table.select_dtypes("number").columns}):
         raise InputError(f"the table {name!r} of {run.folder} has no column of numbers called {', '.join(wrong)}")
     return table
+
+
+def require_fit(spec: ModelSpec, config: Any, info: DataInfo, state: Mapping[str, Tensor]) -> None:
+    """See that weights fit a model before it takes memory: settings and small files can claim layers of any size.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    import torch
+
+    encoder = info.text_encoder
+    model = None
+    with suppress(Exception), torch.device("meta"):  # not every model can be built so
+        model = spec.build(config, replace(info, text_encoder=encoder and replace(encoder, source=None)))
+    if model is not None:
+        model.load_state_dict(state, assign=True)
 
 
 def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:

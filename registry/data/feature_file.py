@@ -23,6 +23,9 @@ FORMAT = 1
 SPLITS = ("train", "valid", "test")
 _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 _LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
+_DIMENSIONS = dict.fromkeys(("text_bert", "text", "audio", "vision"), 3) | {
+    f"{modality}_lengths": 1 for modality in ("text", "audio", "vision")
+}
 _MOST_FAULTS = 20
 _LONGEST = 200
 """characters of what was found, in a fault"""
@@ -91,7 +94,7 @@ def read_feature_file(
     kept = Cache(cache, path, variant=str(float(label_range)), version=FORMAT)
     sha256 = kept.sha256() or file_sha256(path)
     content = kept.load(sha256)
-    if content is None:
+    if content is None or not _is_content(content):
         content = _read(path, label_range)
         if size := kept.save(sha256, content):
             content["notes"].append(f"{path.name} is kept in {cache} for a quick start next time ({_size(size)})")
@@ -115,6 +118,25 @@ def _read(path: Path, label_range: float) -> dict[str, Any]:
     if check.faults:
         raise InputError(_listing(path, check.faults))
     return {"aligned": aligned, "notes": check.notes, "splits": {name: vars(split) for name, split in splits.items()}}
+
+
+def _is_content(content: dict[str, Any]) -> bool:
+    """Whether what was kept has the form of what `_read` returns; what stands in arrays is not looked at."""
+    try:
+        splits = [SplitArrays(**arrays) for arrays in content["splits"].values()]
+        texts = [content["notes"], *(split.ids for split in splits), *(split.raw_text or [] for split in splits)]
+        arrays = [(split, 1, labels) for split in splits for labels in split.labels.values()]
+        for key, dims in _DIMENSIONS.items():
+            arrays += [(split, dims, getattr(split, key)) for split in splits if getattr(split, key) is not None]
+        return (
+            [*content["splits"]] == [*SPLITS]
+            and isinstance(content["aligned"], bool)
+            and all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts)
+            and all(split.ids and "M" in split.labels for split in splits)
+            and all(array.ndim == dims and len(array) == len(split.ids) for split, dims, array in arrays)
+        )
+    except Exception:  # it may be anything
+        return False
 
 
 def _size(size: int) -> str:
