@@ -272,7 +272,7 @@ def load_pickle(path: Path) -> Any:
     return content
 
 
-def _items(value: Any, known: dict[int, int]) -> int:
+def _items(value: Any, known: dict[int, float]) -> float:
     """Return how many items and characters a value has once what stands in it several times is written out."""
     if isinstance(value, Array):
         if value.value is None or not value.value.dtype.hasobject:
@@ -285,7 +285,7 @@ def _items(value: Any, known: dict[int, int]) -> int:
     else:
         return 1 + len(value) if isinstance(value, _SIZED) else 1
     if id(value) not in known:
-        known[id(value)] = 1  # while it is counted: it may hold itself
+        known[id(value)] = math.inf  # while it is counted: it may hold itself
         known[id(value)] = 1 + sum(_items(part, known) for part in parts)
     return known[id(value)]
 
