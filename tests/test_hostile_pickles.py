@@ -274,7 +274,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         + b"h\x00h\x01R" * 90_000 + b"e.",
     "copies by OBJ": lambda: P + LONG + b"q\x000](" + b"(cbuiltins\ntuple\nh\x00o" * 20_000 + b"e.",
     "a shape of long numbers": lambda: P + b"cnumpy._core.multiarray\n_reconstruct\n)R(I1\n"
-        + b"\x8b" + struct.pack("<i", 100_000) + b"\x01" * 100_000 + b"q\x020(" + b"h\x02" * 2000 + b"tcnumpy\ndtype\n(Vf4\ntR\x89C\x00tb.",
+        + b"\x8b" + struct.pack("<i", 100_000) + b"\x01" * 100_000 + b"q\x020(" + b"h\x02" * 2000
+        + b"tcnumpy\ndtype\n(Vf4\ntR\x89C\x00tb.",
     "a billion laughs": lambda: whole(audio=UNFOLDING),
     "a long text among numbers": lambda: whole(audio=b"(" + LONG + b"\x8c\x01a" * 90_000 + b"l"),
     "a long text a thousand times": lambda: whole(id=LONG + b"q\x000(" + b"h\x00" * 90_000 + b"l"),
