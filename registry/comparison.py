@@ -297,7 +297,7 @@ def collect(
         faults = {place: fault and f"{place}: {fault}" for place, fault in found.items()}
         for log in folder.rglob(f"*{FAILED_LOG}"):
             if log.is_file():
-                with open(log, encoding="utf-8", errors="replace") as file:
+                with suppress(OSError), open(log, encoding="utf-8", errors="replace") as file:
                     faults[log] = file.readline(_LONGEST_REASON).rstrip("\n")
         for place, fault in sorted(faults.items(), key=lambda item: _natural(item[0])):
             beside = [other for other in found if found[other] is None and other.parent == place.parent]

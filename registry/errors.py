@@ -65,4 +65,4 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         text = f"{error.title}: {'; '.join(faults)}"
-    return f"{type(error).__name__}: {text}".removesuffix(": ")[:300]
+    return printable(f"{type(error).__name__}: {text}".removesuffix(": ")[:300])

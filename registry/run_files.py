@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, field_validator
 
+from .errors import printable
 from .plugins import NAME
 
 _LARGEST = 16 << 20
@@ -95,7 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
         FILES[path.name].model_validate(value)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}".removeprefix(": ")) from None
+        place = printable(".".join(map(str, first["loc"]))[:100])
+        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ")) from None
     return value
 
 

@@ -117,6 +117,7 @@ def test_a_run_whose_json_is_of_other_types_is_none(run, name, values):
     assert fault is not None
     assert fault.startswith(f"{name} is broken (")
     assert len(fault) < 400
+    assert fault == printable(fault)
     with pytest.raises(InputError, match=re.escape(name)):
         load_run(run)
     comparison = collect([run.parent])  # the whole one beside it

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from registry.errors import BenchmarkError
+from registry.errors import BenchmarkError, printable
 
 SECONDS, MEGABYTES, LONGEST_MESSAGE = 5, 1024, 10_000
 
@@ -30,7 +30,7 @@ def checked(read: Callable[[Any], object], given: Any) -> None:
         message = str(error)
         if "does not fit into memory" in message:
             raise Fault(f"a small input takes all memory: {message}") from error
-        if len(message) > LONGEST_MESSAGE or not message.replace("\n", " ").isprintable():
+        if len(message) > LONGEST_MESSAGE or message != printable(message):
             raise Fault(f"no sentence for people: {message[:500]!r}") from error
 
 
