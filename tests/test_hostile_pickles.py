@@ -241,6 +241,12 @@ def whole(**parts: bytes) -> bytes:
     return P + b"}(" + b"".join(text(name) + split(**parts) for name in ("train", "valid", "test")) + b"u."
 
 
+def array(dtype: str, shape: tuple[int, ...], data: bytes = b"C\x00") -> bytes:
+    lengths = b"".join(b"L%dL\n" % length for length in shape)
+    head = b"cnumpy._core.multiarray\n_reconstruct\n)R(I1\n(" + lengths + b"tcnumpy\ndtype\n(V"
+    return head + dtype.encode() + b"\ntR\x89" + data + b"tb"
+
+
 FLOATS = b"cnumpy._core.multiarray\n_reconstruct\n)R(I1\n(I100000\ntcnumpy\ndtype\n(Vf4\ntR\x89B"
 FLOATS += struct.pack("<I", 400_000) + bytes(400_000) + b"tb"
 LONG = text("x" * 300_000)
@@ -282,6 +288,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "an array a thousand times": lambda: whole(audio=FLOATS + b"q\x000(" + b"h\x00" * 9_000 + b"l"),
     "a bytearray a thousand times": lambda: whole(audio=b"\x96" + struct.pack("<Q", 300_000) + bytes(300_000)
         + b"q\x000(" + b"h\x00" * 90_000 + b"l"),
+    "rows of nothing": lambda: whole(id=array("f4", (2**28, 0))),
+    "objects of rows of nothing": lambda: whole(audio=array("O8", (2**28, 0), b"]")),
+    "texts of no width": lambda: whole(id=array("S0", (2**28,))),
     "a list that holds itself": lambda: whole(audio=b"]q\x00(" + b"h\x00" * 1000 + b"e"),
     "an id of a megabyte": lambda: whole(id=b"(" + text("\x1b[2J" + "x" * 600_000) + b"l"),
     "a number of a megabyte": lambda: whole(id=b"(\x8b" + struct.pack("<i", 600_000) + b"\x01" * 600_000 + b"l"),

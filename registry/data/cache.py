@@ -133,7 +133,7 @@ class Cache:
 
     def _sweep(self) -> None:
         assert self._folder is not None
-        for part in self._folder.glob("*.part"):
+        for part in (*self._folder.glob("features-*.part"), *self._folder.glob("hash-*.part")):  # ours alone
             with suppress(OSError):
                 if time.time() - part.stat().st_mtime > _ABANDONED:
                     part.unlink()

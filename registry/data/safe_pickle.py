@@ -45,7 +45,7 @@ class _DType:
     """Stands for a dtype: a forged state of a real one makes numpy take bytes for pointers."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        if not re.fullmatch(r"[biufc]\d{1,2}|[SU]\d{1,9}|O[48]?", code):
+        if not re.fullmatch(r"[biufc]\d{1,2}|[SU][1-9]\d{0,8}|O[48]?", code):
             raise RefusedError(f"numpy.dtype({code!r})")
         self.dtype = np.dtype(code[0] if code[0] == "O" else code)
 
@@ -68,6 +68,8 @@ def _array(data: Any, dtype: _DType, shape: tuple[int, ...], order: Any) -> np.n
     if len(shape) > _MOST_DIMENSIONS or any(type(length) is not int or not 0 <= length < 1 << 63 for length in shape):
         raise ValueError("a shape is not made of lengths")
     kind, size = dtype.dtype, math.prod(shape)
+    if size == 0 and math.prod(length or 1 for length in shape) > _SPARE:  # as lists it would be that many
+        raise ValueError("an array of very many rows of nothing")
     if kind.hasobject:
         if not isinstance(data, list) or len(data) != size:
             raise ValueError("an object array does not have as many items as its shape says")
