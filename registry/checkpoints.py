@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +17,13 @@ from torch import Tensor
 from .benchmark import evaluate
 from .contract import DataInfo, TrainingData
 from .data.feature_file import file_sha256
+from .data.safe_pickle import RefusedError, Unpickler
 from .data.store import Store
 from .errors import InputError, blaming
 from .isolation import isolated
 from .jobs import Job, make_plan
 from .plugins import Plugins
-from .runs import Run, environment, load_run, require_writable, write_run
+from .runs import Run, environment, load_run, require_fit, require_writable, write_run
 from .training import Watcher
 
 CPU = torch.device("cpu")
@@ -96,10 +99,66 @@ def import_checkpoint(
         return _write(job, found, path, Path(os.path.expanduser(runs)))
 
 
+class _Survey(Unpickler):
+    """Reads the pickles of a checkpoint for what they ask of torch, and makes nothing of it.
+
+    torch too loads weights only, but of any kind (tensors that lie nowhere, or point wherever they like), takes any
+    object for a name, and unpacks whatever was packed.
+    """
+
+    _TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
+    _STORAGES = ("Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double", "Bool")
+    admitted = {  # noqa: RUF012
+        "collections.OrderedDict": lambda *_: {},
+        **{name: lambda *_: None for name in (*_TENSORS, *(f"torch.{kind}Storage" for kind in _STORAGES))},
+    }
+
+    def persistent_load(self, pid: Any) -> None:
+        """See that a storage is called by text."""
+        _, _, key, place, numel, *view = pid
+        if not (isinstance(key, str) and isinstance(place, str) and isinstance(numel, int)) or any(view):
+            raise pickle.UnpicklingError("not a storage")
+
+    def load_build(self) -> None:
+        self.stack.pop()  # the versions of modules, which a state dict carries
+
+    def _fill(self, items: list[Any]) -> None:
+        if not all(isinstance(key, str) for key in items[::2]):
+            raise pickle.UnpicklingError("not a table of names")
+        super()._fill(items)
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+
+def _survey(path: Path) -> None:
+    """See that a file asks torch for plain tensors only, and unpacks to no more than it is.
+
+    Raises:
+        pickle.UnpicklingError: it does not.
+        Exception: it is damaged.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # as torch decides
+        file.seek(0)
+        if not is_zip:  # a file of before torch 1.6: four pickles, and the storages' names
+            for _ in range(5):
+                _Survey(file, size).load()
+            return
+        with zipfile.ZipFile(file) as members:
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist())
+            if packed or sum(member.file_size for member in members.infolist()) > size:
+                raise pickle.UnpicklingError("a packed archive, as torch writes none")
+            for member in members.infolist():
+                if member.filename.endswith(".pkl"):
+                    _Survey(io.BytesIO(members.read(member)), size).load()
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
+        _survey(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's message is advice to load it all the same
+    except (pickle.UnpicklingError, RefusedError) as error:  # torch's message is advice to load it all the same
         reason = "it holds more than weights, or is no file that torch.save wrote"
         raise InputError(f"{path} cannot be read as a checkpoint of weights: {reason}") from error
     except Exception as error:  # a damaged file can make any operation of the unpickler fail
@@ -109,15 +168,23 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named:
         raise InputError(f"{path} is not a state dict: it must hold named tensors and nothing else")
+    for name, tensor in state.items():
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
+            raise InputError(
+                f"{path} is not a state dict: {name[:100]!r} is empty, or larger than what the file holds of it"
+            )
     return state
 
 
 def _write(job: Job, found: dict[str, Any], path: Path, runs: Path) -> Run:
     plan = job.plan
-    network = plan.spec.build(plan.config.model, job.info)
-    labels = TrainingData({"M": torch.zeros(1)}, job.info)
-    hooks = {spec.name: spec.build(plan.config.hooks[spec.name], labels, network.feature_dims) for spec in plan.hooks}
     try:
+        require_fit(plan.spec, plan.config.model, job.info, found["model"])
+        network = plan.spec.build(plan.config.model, job.info)
+        labels = TrainingData({"M": torch.zeros(1)}, job.info)
+        hooks = {
+            hook.name: hook.build(plan.config.hooks[hook.name], labels, network.feature_dims) for hook in plan.hooks
+        }
         network.load_state_dict(found["model"])
         for name, state in found["hooks"].items():
             # Parameters must be there; what a hook knows of its training clips is not in the file.

@@ -29,6 +29,8 @@ from .runs import Run, fault_of, identity
 from .statistics import Difference, compare_predictions, video_of
 
 PRIMARY = "MAE"
+_LONGEST_REASON = 2000
+"""characters of the first line of a failed seed's log"""
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,9 @@ def collect(
             raise InputError(f"{folder} holds no finished run{why}")
         faults = {place: fault and f"{place}: {fault}" for place, fault in found.items()}
         for log in folder.rglob(f"*{FAILED_LOG}"):
-            faults[log] = log.read_text("utf-8", "replace").partition("\n")[0]
+            if log.is_file():
+                with suppress(OSError), open(log, encoding="utf-8", errors="replace") as file:
+                    faults[log] = file.readline(_LONGEST_REASON).rstrip("\n")
         for place, fault in sorted(faults.items(), key=lambda item: _natural(item[0])):
             beside = [other for other in found if found[other] is None and other.parent == place.parent]
             config = configs.setdefault(_key(place, [place] if fault is None else beside), _Config())
@@ -403,6 +407,10 @@ def _check_one_split(rows: Sequence[Row]) -> None:
     clips = first.predictions[columns]
     for run in (run for row in rows for run in row.runs):
         same = run.settings["data"]["metrics"] == first.settings["data"]["metrics"]
+        if run.metrics.keys() != first.metrics.keys():
+            raise InputError(f"{run.folder} and {first.folder} have different metrics: train one of them again")
+        if not np.isfinite(run.predictions[[*columns[1:], "prediction"]]).all(axis=None):
+            raise InputError(f"{run.folder} has predictions or labels that are not finite")
         if not same or not run.predictions[columns].equals(clips):
             raise InputError(
                 f"{run.folder} and {first.folder} were tested on different clips or labels: "

@@ -7,6 +7,7 @@ config.model.batch_size, config.hooks["ulgm"].distance
 from __future__ import annotations
 
 import json
+import reprlib
 import sys
 import types
 import typing
@@ -24,6 +25,16 @@ from .contract import Config, DatasetSpec, HookSpec, ModelSpec, Training
 from .errors import InputError, unknown
 
 HOOK = "hook."
+_LARGEST = 1 << 20
+"""bytes of a config file"""
+_MOST_DOTS = 200
+"""in a line: Python's reader of TOML takes a time that grows with the square of a key's parts"""
+_MOST_KEYS = 1000
+_LONGEST_KEY = 100
+_MOST_FAULTS = 20
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,8 @@ def _gather(
         for key, value in _flat(layer, fields).items():
             target = _canonical(key, fields)
             if target is None:
-                faults.append(_unknown_key(key, fields, derived))
+                few = len(faults) < _MOST_FAULTS
+                faults.append(_unknown_key(key[:_LONGEST_KEY], fields, derived) if few else "and more")
             elif target in read:
                 faults.append(f"{read[target]!r} and {key!r} are two spellings of one key")
             else:
@@ -217,21 +229,41 @@ def _read_file(path: Path, spec: ModelSpec) -> tuple[Mapping[str, Any], str | No
     if path.suffix not in readers:
         raise InputError(f"config file {path} must end in .json or .toml")
     try:
-        content = readers[path.suffix](path.read_text("utf-8-sig"))
+        with open(path, "rb") as file:
+            written = file.read(_LARGEST + 1)
+        text = written.decode("utf-8-sig")
+        if len(written) > _LARGEST:
+            raise ValueError("it is larger than any config")
+        if path.suffix == ".toml" and max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
+        content = readers[path.suffix](text)
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"config file {path} is not {path.suffix[1:].upper()}: {error}") from error
+        raise InputError(f"config file {path} is not {path.suffix[1:].upper()}: {str(error)[:200]}") from error
     if not isinstance(content, dict):
         raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
     if isinstance(content.get("config"), dict):  # a run's own
         preset, of = content.get("preset"), str(content.get("model", spec.name))
         if of.partition("+")[0] != spec.name:
-            raise InputError(f"config file {path} is of a run of {of}, not of {spec.name}")
+            raise InputError(f"config file {path} is of a run of {of[:_LONGEST_KEY]}, not of {spec.name}")
         if preset is not None and not isinstance(preset, str):
-            raise InputError(f"config file {path}: 'preset' must be text, got {preset!r}")
-        return content["config"], preset
-    return content, None
+            raise InputError(f"config file {path}: 'preset' must be text, got {_REPR.repr(preset)}")
+        content = content["config"]
+    else:
+        preset = None
+    if _keys_in(content) > _MOST_KEYS:
+        raise InputError(f"config file {path} has more than {_MOST_KEYS} keys, which no model has")
+    return content, preset
+
+
+def _keys_in(table: Mapping[str, Any]) -> int:
+    keys, tables = 0, [table]
+    while tables:
+        table = tables.pop()
+        keys += len(table)
+        tables += [value for value in table.values() if isinstance(value, dict)]
+    return keys
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -290,7 +322,7 @@ def _validate(cls: type[Config], values: Mapping[str, Any], prefix: str, faults:
     except ValidationError as error:
         for fault in error.errors():
             key = ".".join(map(str, fault["loc"]))
-            got = "" if fault["type"] == "missing" else f", got {fault['input']!r}"
+            got = "" if fault["type"] == "missing" else f", got {_REPR.repr(fault['input'])}"
             faults.append(f"{prefix + key!r} {_plain(fault, cls)}{got}")
         return None
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .comparison import Comparison
 from .contract import PublishedResult
-from .errors import InputError, unknown
+from .errors import InputError, printable, unknown
 from .runs import finite
 from .side_by_side import Table, tables_of
 from .tables import Best, Rows
@@ -33,7 +33,8 @@ def render(comparison: Comparison, form: str, published: Sequence[PublishedResul
     """
     if form not in FORMS:
         raise InputError(unknown("format", form, FORMS))
-    return FORMS[form](comparison, published, name)
+    text = FORMS[form](comparison, published, name)
+    return text if form == "json" else printable(text)  # JSON has escapes of its own
 
 
 _FIGURE = re.compile(r"([+-]?\d+\.\d+) (± \d+\.\d+|\[[^;]*, [^;]*\])")
@@ -72,7 +73,9 @@ def _markdown(comparison: Comparison, published: Sequence[PublishedResult], name
         return f"| {' | '.join(cells)} |"
 
     def cell(text: str) -> str:
-        escaped = re.sub(r"([\\`*\[\]|])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text).replace("<", "&lt;")
+        escaped = " ".join(text.split())
+        escaped = re.sub(r"([\\`*\[\]|])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", escaped)
+        escaped = escaped.replace("&", "&amp;").replace("<", "&lt;")
         if _FIGURE.fullmatch(text):
             escaped = _with_minus(text)
         return f"**{escaped}**" if isinstance(text, Best) else escaped
@@ -80,10 +83,10 @@ def _markdown(comparison: Comparison, published: Sequence[PublishedResult], name
     parts = []
     for table in tables_of(comparison, published):
         columns = {column: is_figures([row[column] for row in table.rows]) for column in table.rows[0]}
-        lines = [line([*columns]), line(["---:" if right else "---" for right in columns.values()])]
+        lines = [line([*map(cell, columns)]), line(["---:" if right else "---" for right in columns.values()])]
         lines += [line([cell(row[column]) for column in columns]) for row in table.rows]
         notes = "\n".join(f"- {cell(note)}" for note in table.notes)
-        parts.append(f"**{table.heading}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n")
+        parts.append(f"**{cell(table.heading)}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n")
     return "\n".join(parts)
 
 
@@ -158,7 +161,7 @@ def _points_of(text: str) -> float:
 
 def _escaped(text: str) -> str:
     """Return text for LaTeX; two hyphens would become a dash."""
-    text = re.sub("-(?=-)", "-\0", _with_minus(text))
+    text = re.sub("-(?=-)", "-\0", _with_minus(printable(" ".join(text.split()))))
     return "".join(_LATEX.get(character, character) for character in text).replace("\0", "{}")
 
 
@@ -253,7 +256,9 @@ def _csv(comparison: Comparison, published: Sequence[PublishedResult], name: str
         ]
         frame = pd.concat([frame.assign(source="this comparison"), pd.DataFrame(rows)])
         frame = frame[["source", *(column for column in frame if column != "source")]]
-    return frame.to_csv(index=False)
+    # Such text of a foreign run would be a formula to a spreadsheet; a figure is a number, and stays one.
+    formula = ("=", "+", "-", "@", "\t")
+    return frame.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(formula) else v).to_csv(index=False)
 
 
 def _json(comparison: Comparison, published: Sequence[PublishedResult], name: str) -> str:

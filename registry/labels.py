@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_integer_dtype, is_numeric_dtype
 
 from .errors import InputError
 from .runs import FINISHED, Run, finished, finite, load_run, require_file, write_file
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_COLUMNS = 20
+"""of labels: the multimodal one and each modality's"""
 MOST_EPOCHS = 5
 """in a table or a figure"""
 MEANINGS = {
@@ -153,7 +156,29 @@ def read_labels(run: Run) -> GeneratedLabels:
     for name, table in tables.items():
         if absent := [column for column in needed[name] if column not in table]:
             raise InputError(f"the table {name!r} of {run.folder} has no column {', '.join(absent)}")
+    for name, table in tables.items():
+        if fault := _fault_of_table(name, table, run.best_epoch):
+            raise InputError(f"the table {name!r} of {run.folder} {fault}")
     return GeneratedLabels(run, tables["labels"], tables["label_movement"], tables.get("true_labels"))
+
+
+def _fault_of_table(name: str, table: pd.DataFrame, best_epoch: int | None) -> str | None:
+    """Return what a table has that no hook's has: run folders are handed around."""
+    if "epoch" in table and not is_integer_dtype(table["epoch"]):
+        return "has epochs that are no whole numbers"
+    if name == "label_movement":
+        return None
+    if name == "labels" and not (table["epoch"] == best_epoch).any():
+        return f"has no labels of the best epoch, {best_epoch}"
+    numbers = table.drop(columns=["epoch", "id"], errors="ignore")
+    if not 0 < len(numbers.columns) <= _MOST_COLUMNS:
+        return f"has {len(numbers.columns)} columns of labels, expected 1 to {_MOST_COLUMNS}"
+    largest = np.finfo(np.float32).max
+    if not all(is_numeric_dtype(kind) for kind in numbers.dtypes) or not (numbers.abs() <= largest).all(axis=None):
+        return "has labels that are no finite numbers"
+    if table.duplicated([column for column in ("epoch", "id") if column in table]).any():
+        return "has a clip twice"
+    return None
 
 
 def generated_in_vain(run: Run) -> bool:
@@ -217,7 +242,8 @@ def draw(labels: GeneratedLabels) -> Figure:
             _histogram(axes, table[modality], table["fusion"], labels.range)
         grid[0, column].set_title(f"epoch {epoch}{' (best)' if epoch == labels.best_epoch else ''}", fontsize=8)
     for axes, modality in zip(grid[:, -1], modalities, strict=True):
-        axes.text(1.06, 0.5, modality, transform=axes.transAxes, rotation=270, va="center")
+        where = {"transform": axes.transAxes, "rotation": 270, "va": "center"}
+        axes.text(1.06, 0.5, modality, parse_math=False, **where)
     made.supxlabel("label", fontsize=8)
     made.supylabel("share of clips", fontsize=8)
     handles, names = grid[0, 0].get_legend_handles_labels()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -18,9 +19,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,15 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import BenchmarkError, InputError, one_line
+from .plugins import NAME
+from .run_files import FILES, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
-    from .contract import DataInfo, TrainingHook
+    from .contract import DataInfo, ModelSpec, TrainingHook
     from .data.standardize import Scale
     from .jobs import Job, Plan
 
@@ -42,14 +45,10 @@ FINISHED = "metrics.json"
 WEIGHTS = "model.safetensors"
 _SUFFIXES = (".json", ".csv", ".txt", ".safetensors")
 """of the files of a run folder"""
-_KEYS = {
-    FINISHED: ("metrics", "best_epoch", "artifacts"),
-    "config.json": ("model", "dataset", "seed", "config", "hooks", "data", "text_encoder"),
-    "environment.json": (),
-}
-"""what the files of a finished run have"""
 _LATER_KEYS: dict[str, Any] = {"standardize": False, "without": []}
 """Keys of every model that came later: a run from before is one that has them at these values."""
+_LONGEST_HEADER = 1 << 16
+"""bytes of the first line of a table"""
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -264,12 +263,12 @@ class Run:
     @property
     def predictions(self) -> pd.DataFrame:
         """`id`, `label` and `prediction` of every test clip."""
-        return self.table("predictions")
+        return _with_numbers(self, "predictions", "label", "prediction")
 
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch: losses, validation MAE, seconds."""
-        return self.table("history")
+        return _with_numbers(self, "history", "train_seconds")
 
     def table(self, name: str) -> pd.DataFrame:
         """Return `NAME.csv`.
@@ -280,11 +279,14 @@ class Run:
         import pandas as pd
 
         path = self.folder / f"{name}.csv"
-        if not path.exists():
+        if not re.fullmatch(NAME, name) or not path.is_file():
             raise InputError(f"the run {self.folder} has no table {name!r}")
         try:
+            with open(path, "rb") as file:
+                if len(file.readline(_LONGEST_HEADER)) == _LONGEST_HEADER:
+                    raise ValueError("its first line is too long for one of names")
             return pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=[""])
-        except ValueError as error:  # pandas' own errors are among them
+        except (OSError, ValueError) as error:  # pandas' own errors are among them
             raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
     @cached_property
@@ -335,8 +337,10 @@ class Run:
 
         plan = self.plan
         with self._made_again("model"), isolated(0, torch.device("cpu")):
+            state = self._state("model")
+            require_fit(plan.spec, plan.config.model, self.info, state)
             model = plan.spec.build(plan.config.model, self.info)
-            model.load_state_dict(self._state("model"))
+            model.load_state_dict(state)
             set_precision(model, self.settings["precision"])
         return model.eval()
 
@@ -396,9 +400,35 @@ class Run:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / name).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            return read_json(self.folder / name)
+        except (OSError, ValueError) as error:
             raise InputError(f"{self.folder} is not a finished run: {name} cannot be read ({error})") from error
+
+
+def _with_numbers(run: Run, name: str, *columns: str) -> pd.DataFrame:
+    """Return a table that has these columns of numbers; raises InputError where it has not."""
+    table = run.table(name)
+    if "id" not in table and name == "predictions":
+        raise InputError(f"the table {name!r} of {run.folder} has no column id")
+    if wrong := sorted({*columns} - {*table.select_dtypes("number").columns}):
+        raise InputError(f"the table {name!r} of {run.folder} has no column of numbers called {', '.join(wrong)}")
+    return table
+
+
+def require_fit(spec: ModelSpec, config: Any, info: DataInfo, state: Mapping[str, Tensor]) -> None:
+    """See that weights fit a model before it takes memory: settings and small files can claim layers of any size.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    import torch
+
+    encoder = info.text_encoder
+    model = None
+    with suppress(Exception), torch.device("meta"):  # not every model can be built so
+        model = spec.build(config, replace(info, text_encoder=encoder and replace(encoder, source=None)))
+    if model is not None:
+        model.load_state_dict(state, assign=True)
 
 
 def load_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:
@@ -429,37 +459,38 @@ def finished(folder: Path) -> bool:
 
 def fault_of(folder: Path) -> str | None:
     """Return what keeps a folder from being a finished run, with the name of the file; None where it is one."""
-    if not folder.is_dir():
-        return "there is no such folder"
+    try:
+        if not folder.is_dir():
+            return "there is no such folder"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     found: dict[str, dict[str, Any]] = {}
-    for name, keys in _KEYS.items():
+    for name in FILES:
         try:
-            found[name] = json.loads((folder / name).read_text("utf-8"))
+            found[name] = read_json(folder / name)
         except FileNotFoundError:
             return f"{name} is missing"
-        except (OSError, ValueError, RecursionError) as error:
-            return f"{name} cannot be read ({one_line(error)})"
-        if not isinstance(found[name], dict) or not found[name].keys() >= set(keys):
-            return f"{name} is broken: it must have {', '.join(keys)}"
-    summary, metrics = found[FINISHED], found[FINISHED]["metrics"]
-    if not isinstance(metrics, dict) or not all(isinstance(v, (int, float, type(None))) for v in metrics.values()):
-        return f"{FINISHED} is broken: its metrics are no numbers"
-    if not isinstance(summary["artifacts"], list) or not isinstance(summary.get("lines", {}), dict):
-        return f"{FINISHED} is broken: it does not list its tables"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        except ValueError as error:
+            return f"{name} is broken ({error})"
+    summary = found[FINISHED]
     try:
+        if not (folder / WEIGHTS).is_file():
+            return f"{WEIGHTS} is missing"
         with safe_open(folder / WEIGHTS, "np"):  # checks the header and the file's length
             pass
     except (OSError, SafetensorError):
         return f"{WEIGHTS} is missing or broken"
-    tables = ["predictions"] * bool(metrics) + ["history"] * (summary["best_epoch"] is not None)
+    tables = ["predictions"] * bool(summary["metrics"]) + ["history"] * (summary["best_epoch"] is not None)
     left_out = summary.get("left_out")  # by whoever sent it to the hub
     for name in (*tables, *summary["artifacts"]):
         if isinstance(left_out, list) and name in left_out:
             continue
         path = folder / f"{name}.csv"
-        if not path.is_file():
-            return f"{path.name} is missing"
         try:
+            if not path.is_file():
+                return f"{path.name} is missing"
             lines = _lines(path)
         except OSError as error:
             return f"{path.name} cannot be read ({error.strerror})"
@@ -470,4 +501,5 @@ def fault_of(folder: Path) -> str | None:
 
 
 def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n")
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(partial(file.read, 1 << 20), b""))

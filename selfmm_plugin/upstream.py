@@ -52,12 +52,19 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
     foreign = [name for name in state if not name.startswith(tuple(_PREFIXES))]
     needed = ["audio_model.rnn.weight_ih_l0", "video_model.rnn.weight_ih_l0", "audio_model.linear_1.weight"]
     needed += ["video_model.linear_1.weight", "text_model.model.embeddings.word_embeddings.weight"]
-    needed += [f"post_{task}_layer_1.weight" for task in ("fusion", "text", "audio", "video")]
+    needed += [f"{name}_model.rnn.weight_hh_l0" for name in ("audio", "video")]
+    tasks = ("fusion", "text", "audio", "video")
+    needed += [f"post_{task}_layer_{layer}.weight" for task in tasks for layer in (1, 2)]
     missing = [name for name in needed if name not in state]
     if foreign or missing:
         named = (("without", missing), ("with", foreign))
         faults = [f"{word} {', '.join(names[:3])}{', …' * (len(names) > 3)}" for word, names in named if names]
         raise InputError(f"this is not a checkpoint of upstream's Self-MM: {' and '.join(faults)}")
+    # A unimodal head's width is that of its second layer too: a small file could claim any with the first alone.
+    for task in tasks[1:]:
+        first, second = (tuple(state[f"post_{task}_layer_{layer}.weight"].shape) for layer in (1, 2))
+        if second != (first[0], first[0]):
+            raise InputError(f"the head of {task} does not fit itself: layers of shape {first} and {second}")
     # Nothing reads the pooler, and only older versions of transformers save position ids.
     kept = {name: tensor for name, tensor in state.items() if ".pooler." not in name and "position_ids" not in name}
     renamed = {_rename(name): tensor for name, tensor in kept.items()}
@@ -77,10 +84,7 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
         "v_lstm_layers": video_layers,
         "audio_out": len(state["audio_model.linear_1.weight"]),
         "video_out": len(state["video_model.linear_1.weight"]),
-        **{
-            f"post_{task}_dim": len(state[f"post_{task}_layer_1.weight"])
-            for task in ("fusion", "text", "audio", "video")
-        },
+        **{f"post_{task}_dim": len(state[f"post_{task}_layer_1.weight"]) for task in tasks},
     }
     text_width = state["text_model.model.embeddings.word_embeddings.weight"].shape[1]
     return Translation(

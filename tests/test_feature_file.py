@@ -231,7 +231,7 @@ FAULTS = {
         {"train": {"audio": [[[1.0]], [[1.0, 2.0]]]}},
         "train: audio: expected an array of 3 dimensions, found rows",
     ),
-    "not numbers": ({"train": {"vision": ["a"] * 8}}, "train: vision: expected numbers, found <U1 of shape (8,)"),
+    "not numbers": ({"train": {"vision": ["a"] * 8}}, "train: vision: expected numbers, found text"),
     "objects": (
         {"train": {"vision": lambda v: np.array([None] * 8)}},
         "train: vision: expected numbers, found objects",
@@ -324,7 +324,7 @@ def test_too_large_for_memory(tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr("registry.data.safe_pickle._Unpickler.load", full)
+    monkeypatch.setattr("registry.data.safe_pickle.Unpickler.load", full)
     assert "does not fit into memory" in refusal(feature_file(tmp_path))
 
 

@@ -133,7 +133,7 @@ def test_the_weights_hold_the_hook_as_well(trained):
 
 def test_an_id_that_looks_like_a_number_or_like_nothing_stays_text(tmp_path):
     finish(tmp_path)
-    pd.DataFrame({"id": ["007", "NA", "nan"], "prediction": [1.0, 2.0, np.nan]}).to_csv(
+    pd.DataFrame({"id": ["007", "NA", "nan"], "label": 0.5, "prediction": [1.0, 2.0, np.nan]}).to_csv(
         tmp_path / "predictions.csv", index=False
     )
     table = load_run(tmp_path).predictions
@@ -157,7 +157,8 @@ def test_not_a_run(tmp_path, make, fault):
 def finish(folder: Path) -> None:
     """Make a folder that looks like a finished run."""
     (folder / "metrics.json").write_text('{"metrics": {}, "best_epoch": null, "artifacts": []}')
-    settings = dict.fromkeys(("model", "dataset", "seed", "config", "hooks", "data", "text_encoder"))
+    settings = {"model": "mean", "dataset": "custom", "seed": 1, "config": {}, "hooks": {}, "text_encoder": None}
+    settings["data"] = {"metrics": "mosi", "sha256": None, "label_range": 3.0}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "environment.json").write_text("{}")
     save_file({"x": torch.zeros(100)}, folder / "model.safetensors")
@@ -204,8 +205,8 @@ def test_a_run_that_lacks_a_file_is_not_finished(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"data": {}}, "KeyError"),
-        ({"text_encoder": {"config": {"model_type": "nonsense"}, "name": ""}}, "ValueError"),
+        ({"data": {"metrics": "mosi", "sha256": None, "label_range": 3.0}}, "KeyError"),
+        ({"text_encoder": {"config": {"model_type": "nonsense"}, "name": "", "sha256": ""}}, "ValueError"),
         ({"config": {"post_fusion_dim": 7}}, "RuntimeError: .*size mismatch"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertModel
 from transformers.utils import logging
 
@@ -314,16 +315,31 @@ def test_frozen_features_are_kept_and_found(tokenised, tmp_path, monkeypatch):
     file, tokens, encoder = tokenised
     cache = tmp_path / "cache"
     first = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), cache)
-    (kept,) = cache.iterdir()
+    assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(text, "_states", lambda *_: pytest.fail("they were there"))
     again = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), cache)
     for name in file.splits:
         np.testing.assert_array_equal(again.splits[name].text, first.splits[name].text)
     monkeypatch.undo()
-    kept.write_bytes(kept.read_bytes()[:-7])
-    mended = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), cache)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other shapes", "another type", "a split less"])
+def test_frozen_features_that_are_damaged_are_made_again(tokenised, tmp_path, damage):
+    file, tokens, encoder = tokenised
+    first = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    whole, states = kept.read_bytes(), load_file(kept)
+    if damage == "cut":
+        kept.write_bytes(whole[:-7])
+    elif damage == "other shapes":
+        save_file({name: state[1:].contiguous() for name, state in states.items()}, kept)
+    elif damage == "another type":
+        save_file({name: state.bfloat16() for name, state in states.items()}, kept)
+    else:
+        save_file({"test": states["test"]}, kept)
+    mended = text.with_frozen_text(file, tokens, encoder, torch.device("cpu"), tmp_path / "cache")
     np.testing.assert_array_equal(mended.splits["test"].text, first.splits["test"].text)
-    assert text._load(kept) is not None
+    assert kept.read_bytes() == whole
 
 
 def test_other_tokens_have_other_features(tokenised, tmp_path):

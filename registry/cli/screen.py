@@ -12,10 +12,21 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from ..errors import printable
+
+
+class _Screen(Console):
+    """A console that shows control characters of data, as an id's or a path's, and sends the terminal none."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
 
 # A pipe has no width; rich would fold tables to 80 columns.
-out = Console(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 120)
-err = Console(stderr=True)
+out = _Screen(width=None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 120)
+err = _Screen(stderr=True)
 
 
 def say(markup: str) -> None:
@@ -37,6 +48,8 @@ def complain(message: str) -> None:
 
 
 def print_table(title: str, rows: Sequence[dict[str, str]], unbroken: int = 0) -> None:
+    if not rows:
+        return
     table, width = table_of(rows, fold=False, unbroken=unbroken)
     if width > out.width:
         table, width = table_of(rows, fold=True, unbroken=unbroken)

@@ -28,9 +28,14 @@ _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
 KEYS = ("id", *_INPUTS, "text_lengths", "audio_lengths", "vision_lengths", *LABELS.values())
 """what is read of a split"""
+_DIMENSIONS = dict.fromkeys(("text_bert", "text", "audio", "vision"), 3) | {
+    f"{modality}_lengths": 1 for modality in ("text", "audio", "vision")
+}
 _MOST_FAULTS = 20
 _MOST_PADDING = 100
 """times as long as they are may sequences become by padding"""
+_LONGEST = 200
+"""characters of what was found, in a fault"""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -100,7 +105,7 @@ def read_feature_file(
     kept = Cache(cache, path, variant=str(float(label_range)), version=FORMAT)
     sha256 = kept.sha256() or file_sha256(path)
     content = kept.load(sha256)
-    if content is None:
+    if content is None or not is_content(content):
         content = read_content(path, label_range)
         if kept_bytes := kept.save(sha256, content):
             content["notes"].append(f"{path.name} is kept in {cache} for a quick start next time ({size(kept_bytes)})")
@@ -170,6 +175,25 @@ def _checked(content: Any, name: object, check: Check) -> dict[str, Any]:
     return {"splits": splits, "aligned": aligned, "notes": check.notes}
 
 
+def is_content(content: dict[str, Any]) -> bool:
+    """Whether what was kept has the form of what `read_content` returns; what stands in arrays is not looked at."""
+    try:
+        splits = [SplitArrays(**arrays) for arrays in content["splits"].values()]
+        texts = [content["notes"], *(split.ids for split in splits), *(split.raw_text or [] for split in splits)]
+        arrays = [(split, 1, labels) for split in splits for labels in split.labels.values()]
+        for key, dims in _DIMENSIONS.items():
+            arrays += [(split, dims, getattr(split, key)) for split in splits if getattr(split, key) is not None]
+        return (
+            [*content["splits"]] == [*SPLITS]
+            and isinstance(content["aligned"], bool)
+            and all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts)
+            and all(split.ids and "M" in split.labels for split in splits)
+            and all(array.ndim == dims and len(array) == len(split.ids) for split, dims, array in arrays)
+        )
+    except Exception:  # it may be anything
+        return False
+
+
 def size(count: int) -> str:
     """Return a number of bytes for people."""
     if count < 1e6:
@@ -216,6 +240,13 @@ def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{'objects' if value.dtype.hasobject else value.dtype} of shape {value.shape}"
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _holds_text(rows: Any) -> bool:
+    if isinstance(rows, list):
+        kinds = {*map(type, rows)}
+        return bool(kinds & {str, bytes}) or (bool(kinds & {list, np.ndarray}) and any(map(_holds_text, rows)))
+    return isinstance(rows, np.ndarray) and rows.dtype.kind in "SU"
 
 
 def _clean(text: Any) -> str:
@@ -293,6 +324,7 @@ class Check:
             raise InputError(_listing(what, self.faults))
 
     def fault(self, where: str, expected: str, found: str) -> None:
+        found = found if len(found) < _LONGEST else f"{found[:_LONGEST]}…"
         self.faults.append(f"{where}: expected {expected}, found {found}")
 
     def file(self, content: Any) -> tuple[dict[str, SplitArrays], bool]:
@@ -410,8 +442,12 @@ class Check:
         """Return an array of `dims` dimensions and `clips` rows, float32 or, if `whole`, int64; None if it is not."""
         if value is None:
             return None
+        rows = plain(value)
+        if _holds_text(rows):  # numpy would give every item the longest one's room
+            self.fault(where, "numbers", "text among them")
+            return None
         try:
-            array = np.asarray(plain(value))
+            array = np.asarray(rows)
         except (ValueError, OverflowError):  # rows of different lengths
             self.fault(where, f"an array of {dims} dimensions", "rows of different shapes")
             return None

@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,7 @@ def sweep(folder: Path) -> None:
     """Remove what a process that was killed has left unfinished in a folder."""
     for part in folder.glob("*.part"):
         with suppress(OSError):
-            if time.time() - part.stat().st_mtime > _ABANDONED:
+            if re.fullmatch(r"[0-9a-f]{32}\.part", part.name) and time.time() - part.stat().st_mtime > _ABANDONED:
                 part.unlink()
 
 

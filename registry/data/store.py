@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from registry.errors import InputError
 
 from .cache import SPARE, stamp
-from .feature_file import FORMAT, Check, FeatureFile, file_sha256, made_of, read_content, size
+from .feature_file import FORMAT, Check, FeatureFile, file_sha256, is_content, made_of, read_content, size
 from .mapped import Told, read_mapped, size_of, sweep, write_mapped
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class Registered:
         if self.fault is None:
             try:
                 content = read_mapped(self.path, _KEY)
+                if not is_content(content):
+                    raise ValueError("it has another form")
             except Exception:  # damaged since it was found, which can make any step fail
                 raise InputError(_damaged(self.path, self.dataset)) from None
             file = made_of(content, self.name, self.sha256, known_sha256 or {})

@@ -38,6 +38,7 @@ _ENCODED_AT_ONCE = 64
 _SAME_VOCABULARY = 0.9
 _HUB_SECONDS = 5
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_KERNEL = re.compile(r'_implementation\w*": *(\{[^}]*|"[^"]*)/')
 _NOT_SETTINGS = {"_name_or_path", "transformers_version"}
 _MANY_UNKNOWN = 0.1
 _ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer"}
@@ -107,7 +108,20 @@ def _hugging_face(config: Mapping[str, Any]) -> Any:
     """Return the config as transformers' object: it has what a `config.json` may leave out or call otherwise."""
     from transformers import AutoConfig
 
+    _refuse_kernels(config)
     return AutoConfig.for_model(**config)
+
+
+def _refuse_kernels(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that has transformers fetch and run code of the hub.
+
+    Raises:
+        InputError: it names a repository for its attention, or the like.
+    """
+    if _KERNEL.search(json.dumps(config, default=str)):
+        raise InputError(
+            "the text encoder's config.json asks for code from the hub (…_implementation): remove that key"
+        )
 
 
 @contextmanager
@@ -154,22 +168,27 @@ def _describe(name: str, folder: Path, sha256: str) -> TextEncoder:
     from transformers import AutoConfig
 
     try:
+        written = json.loads((folder / "config.json").read_text("utf-8"))
+        _refuse_kernels(written)
         with _quiet():
             config = AutoConfig.from_pretrained(folder, **_LOCAL)
         width = config.hidden_size
         positions = getattr(config, "max_position_embeddings", None) or 512
         if config.model_type in _ROBERTA_LIKE:  # positions are counted from behind the padding id
             positions -= (config.pad_token_id or 0) + 1
-        written = json.loads((folder / "config.json").read_text("utf-8"))
         # Not transformers' own reading of it, which has other keys from version to version.
         settings = {"model_type": config.model_type} | {k: v for k, v in written.items() if k not in _NOT_SETTINGS}
         encoder = TextEncoder(name, str(folder), settings, width, positions, sha256)
         limit = encoder.tokenizer().model_max_length
+        if not (most := min(positions, limit)) >= 1:
+            raise ValueError(f"it reads {most} tokens")
+    except InputError:
+        raise
     except Exception as error:  # transformers raises all kinds for files that it cannot use
         raise InputError(f"text encoder {name!r} cannot be loaded from {folder}: {one_line(error)}") from error
     if config.is_encoder_decoder:
         raise InputError(f"text encoder {name!r} is an encoder-decoder, expected an encoder such as bert-base-uncased")
-    return replace(encoder, max_tokens=min(positions, limit))
+    return replace(encoder, max_tokens=most)
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -376,7 +395,8 @@ def with_frozen_text(
     for name, made in tokens.items():
         key.update(f"{name}{made.shape}".encode() + made.tobytes())
     kept = cache / f"text-{key.hexdigest()[:24]}.safetensors" if cache else None
-    states = _load(kept)
+    shapes = {name: (int(made[:, 1].sum()), encoder.width) for name, made in tokens.items()}
+    states = _load(kept, shapes)
     if states is None:
         states = _states(tokens, encoder, device)
         _keep(states, kept)
@@ -411,11 +431,14 @@ def _states(tokens: Mapping[str, np.ndarray], encoder: TextEncoder, device: torc
     return states
 
 
-def _load(path: Path | None) -> dict[str, np.ndarray] | None:
+def _load(path: Path | None, shapes: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray] | None:
+    """Return the states, float32 of these shapes; None where they are to be computed (again)."""
     try:
-        return load_file(path) if path else None
-    except (OSError, SafetensorError):  # not there, or damaged: it is computed again
+        states = load_file(path) if path and path.is_file() else {}
+    except Exception:  # damaged, which can make any step fail
         return None
+    fits = {name: state.shape for name, state in states.items() if state.dtype == np.float32} == shapes
+    return states if fits and len(states) == len(shapes) else None
 
 
 def _keep(states: dict[str, np.ndarray], path: Path | None) -> None:
