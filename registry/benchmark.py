@@ -192,7 +192,7 @@ def run(
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
-                reason = _reason(error)
+                reason = reason_of(error)
                 _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
                 watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
                 done.append(SeedRun(seed, "failed", reason, None, {}, None))
@@ -227,7 +227,8 @@ def failure_log(folder: Path, seed: int | None) -> Path:
     return folder / f"{seed}{FAILED_LOG}"
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return why a training failed, as one line."""
     if isinstance(error, SystemExit):
         return f"the model left Python with sys.exit({error.code!r})"
     return str(error) if isinstance(error, BenchmarkError) else one_line(error)
@@ -324,14 +325,7 @@ def _train_seed(
     started, plan = datetime.now(timezone.utc), job.plan
     with isolated(seed, device, job.precision):
         splits = {name: job.split(name, device) for name in job.file.splits}
-        # Copies: model and hooks may do with them what they like.
-        model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
-        copies = {task: values.clone() for task, values in splits["train"].labels.items()}
-        labels = TrainingData(copies, replace(job.info))
-        hooks: dict[str, TrainingHook] = {
-            hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
-            for hook in plan.hooks
-        }
+        model, hooks = build(job, splits["train"], device)
         require_writable(folder.parent)
         set_precision(model, job.precision)
         before = text_sums(model)
@@ -378,6 +372,20 @@ def _train_seed(
         log=[*job.notes, *map(str, outcome.history), *filter(None, [outcome.steps, said])],
     )
     return True
+
+
+def build(job: Job, train_split: Split, device: torch.device) -> tuple[nn.Module, dict[str, TrainingHook]]:
+    """Return a job's model and hooks, ready for `train`."""
+    plan = job.plan
+    # Copies: model and hooks may do with them what they like.
+    model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
+    copies = {task: values.clone() for task, values in train_split.labels.items()}
+    labels = TrainingData(copies, replace(job.info))
+    hooks: dict[str, TrainingHook] = {
+        hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
+        for hook in plan.hooks
+    }
+    return model, hooks
 
 
 def evaluate(model: nn.Module, job: Job, split: Split) -> tuple[dict[str, float], pd.DataFrame]:

@@ -193,7 +193,7 @@ FORMATS = ("png", "pdf", "svg")
 BINS = 31
 """Odd, so that 0 lies in the middle of one, as do the published labels: multiples of 0.2 within ±3 or ±1."""
 _GENERATED, _MULTIMODAL = "#8fb3d4", "#333333"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8,
     "axes.linewidth": 0.6,
@@ -294,7 +294,7 @@ def write_files(
     if kind not in FORMATS:
         raise InputError(f"--figure {figure} must end in {', '.join(f'.{name}' for name in FORMATS)}")
     tables = [labels.by_clip(labels.best_epoch if epoch is None else epoch) for labels in found]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         for labels, path in zip(found, figures, strict=True):
             write_file(path, partial(draw(labels).savefig, format=kind, dpi=300))
     for table, path in zip(tables, csvs, strict=True):

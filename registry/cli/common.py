@@ -21,6 +21,7 @@ app = typer.Typer(
 Plugin = Annotated[
     list[str], typer.Option("--plugin", help="FILE.py or module of a plugin that is not packaged; repeatable.")
 ]
+Model = Annotated[str, typer.Option("--model", "-m", help="A model, or MODEL+HOOK; see `benchmark list models`.")]
 Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")]
 Data = Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")]
 Encoder = Annotated[str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")]

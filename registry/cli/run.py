@@ -21,6 +21,7 @@ from .common import (
     Epochs,
     Graph,
     LabelRange,
+    Model,
     Plugin,
     Precision,
     RunsFolder,
@@ -40,7 +41,7 @@ SMALL_TABLE = 10
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Option("--model", "-m", help="A model, or MODEL+HOOK; see `benchmark list models`.")],
+    model: Model,
     dataset: Dataset = "demo",
     data: Data = None,
     text_encoder: Encoder = None,
