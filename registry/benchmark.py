@@ -34,6 +34,8 @@ from .labels import generated_in_vain
 from .metrics import regression
 from .plugins import NAME
 from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
+from .tracking import FOLDER as TRACKED
+from .tracking import TensorBoard, require_tracker
 from .training import Epoch, Watcher, text_sums, train
 
 FAILED_LOG = ".failed.log"
@@ -116,6 +118,7 @@ def run(
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     force: bool = False,
+    track: str | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Train and test a model, once for each seed; a finished run is found and not repeated.
@@ -139,6 +142,7 @@ def run(
         runs: the folder that holds run folders; nothing is written outside it.
         plugins: files or modules of plugins that are not packaged.
         force: train again where a finished run exists.
+        track: `"tensorboard"` also writes event files, while it trains, below `RUNS/.tensorboard`.
         watcher: is told of progress; without one, what you should know is a Python warning.
 
     Returns:
@@ -149,6 +153,8 @@ def run(
     """
     seeds = checked_seeds(seeds)
     watcher = watcher or Watcher()
+    if track is not None:
+        require_tracker(track)
     plan = make_plan(
         model,
         dataset,
@@ -167,7 +173,10 @@ def run(
         watcher.note("this processor has no bf16 arithmetic: --precision fp32 is faster on it")
     root = Path(os.path.expanduser(runs))
     job = plan.read(data, text_encoder, watcher, device=place, cache=root / ".cache", precision=precision)
-    folder = root / plan.name / plan.dataset.name / job.identity()
+    place_of_config = Path(plan.name, plan.dataset.name, job.identity())
+    folder = root / place_of_config
+    if track is not None:
+        watcher = TensorBoard(watcher, root / TRACKED / place_of_config, plan.config.as_dict())
     wanted = [folder / str(seed) for seed in seeds]
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
@@ -200,6 +209,7 @@ def run(
         with suppress(OSError):
             log.unlink()
         saved = load_run(target)
+        watcher.finished(seed, saved)
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
             best = f"its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
             watcher.note(f"{plan.name}, seed {seed}: {best}")

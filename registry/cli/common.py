@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..errors import InputError
 from . import screen
@@ -34,6 +36,7 @@ Precision = Annotated[
     typer.Option(help="fp32, tf32 (GPU) or bf16 (a text encoder that is trained); tf32 on a GPU, fp32 on a CPU."),
 ]
 Graph = Annotated[bool, typer.Option("--graph/--no-graph", help="Record steps on a GPU as CUDA graphs.")]
+Track = Annotated[str | None, typer.Option(help="tensorboard: also write event files, while it trains.")]
 RunsFolder = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
@@ -61,6 +64,15 @@ def _common(
 def interrupted() -> typer.Exit:
     screen.err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
     return typer.Exit(130)
+
+
+def say_where_tracked(track: str | None, runs: Path) -> None:
+    """Say how to look on, where tracking was asked for."""
+    if track is not None:
+        from ..tracking import FOLDER, require_tracker
+
+        require_tracker(track)
+        screen.tell(f"to look on: {escape(shlex.join(['tensorboard', '--logdir', str(runs / FOLDER)]))}")
 
 
 def overrides_of(settings: Sequence[str], epochs: int | None) -> dict[str, Any]:

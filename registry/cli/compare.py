@@ -28,9 +28,11 @@ from .common import (
     Precision,
     RunsFolder,
     Seeds,
+    Track,
     app,
     interrupted,
     overrides_of,
+    say_where_tracked,
     seeds_of,
 )
 
@@ -84,6 +86,7 @@ def compare(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
     ] = 1,
+    track: Track = None,
     metrics: Metrics = None,
     published: Published = False,
     form: Format = None,
@@ -98,6 +101,7 @@ def compare(
     form = _checked_format(form, target)
     results = _published_results(plugin) if published else None
     overrides = overrides_of(settings, epochs)
+    say_where_tracked(track, runs)
     try:
         with make_watcher(screen.err) as watcher, redirect_stdout(sys.stderr):
             comparison = compare_models(
@@ -116,6 +120,7 @@ def compare(
                 runs=runs,
                 plugins=plugin,
                 metrics=_names(metrics),
+                track=track,
                 watcher=watcher,
                 jobs=jobs,
                 before=lambda name, number, of: watcher.note(f"model {number} of {of}: {name}"),

@@ -26,9 +26,11 @@ from .common import (
     Precision,
     RunsFolder,
     Seeds,
+    Track,
     app,
     interrupted,
     overrides_of,
+    say_where_tracked,
     seeds_of,
 )
 
@@ -60,6 +62,7 @@ def run(
     runs: RunsFolder = Path("runs"),
     plugin: Plugin = [],
     force: Annotated[bool, typer.Option("--force", help="Train again where a finished run exists.")] = False,
+    track: Track = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -70,6 +73,7 @@ def run(
     from ..benchmark import run as run_model
     from ..progress import make_watcher
 
+    say_where_tracked(track, runs)
     try:
         # What a plugin prints is not a result.
         with make_watcher(screen.err) as watcher, redirect_stdout(sys.stderr):
@@ -90,6 +94,7 @@ def run(
                 runs=runs,
                 plugins=plugin,
                 force=force,
+                track=track,
                 watcher=watcher,
             )
     except KeyboardInterrupt:
