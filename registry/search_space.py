@@ -113,11 +113,12 @@ def make_space(
             f"{plan.name} declares nothing to search: name keys with --search-set KEY=LOW..HIGH or KEY=A,B,C, "
             "or a file with --search FILE"
         )
+    _check_values(plan, space)
     return space
 
 
 def _dimension(plan: Plan, key: str, values: Any) -> Dimension:
-    """Return a key's values, checked one by one against the model's configuration."""
+    """Return a key's values, in the types that the key has."""
     name, info = require_key(plan.spec, plan.hooks, key)
     try:
         checked = Range(**values) if isinstance(values, Mapping) else values
@@ -125,15 +126,14 @@ def _dimension(plan: Plan, key: str, values: Any) -> Dimension:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else one_line(error)
         raise InputError(f"search space: {key!r} is no range of low, high and log: {reason}") from error
     if isinstance(checked, Range):
-        kinds = set(kinds_of(info))
-        if not kinds & {int, float}:
+        kinds, ends = set(kinds_of(info)), (checked.low, checked.high)
+        if not kinds & {int, float, Any}:
             raise InputError(f"search space: {key!r} is no number, and has no range: list its values")
-        if float not in kinds and (whole := [int(end) for end in (checked.low, checked.high)]) != [
-            checked.low,
-            checked.high,
-        ]:
-            raise InputError(f"search space: {key!r} is an integer, got {checked.low} to {checked.high}, not {whole}")
-        number = float if float in kinds else int
+        whole = all(float(end).is_integer() for end in ends)
+        if kinds.isdisjoint({float, Any}) and not whole:
+            raise InputError(f"search space: {key!r} is an integer, got {ends[0]} to {ends[1]}")
+        is_integer = float not in kinds and all(isinstance(end, int) or int in kinds for end in ends)
+        number = int if is_integer else float
         checked = Range(number(checked.low), number(checked.high), log=checked.log)
     elif not isinstance(checked, (list, tuple)) or not checked:
         raise InputError(f"search space: {key!r} takes a range or a list of values, got {values!r}")
@@ -142,13 +142,22 @@ def _dimension(plan: Plan, key: str, values: Any) -> Dimension:
         stored = [json.dumps(value) for value in checked]
         if len(set(stored)) < len(stored):
             raise InputError(f"search space: {key!r} has a value twice, in {as_typed(checked)}")
-    dimension = Dimension(name, checked)
-    for value in dimension.extremes():
-        try:
-            plan.having({name: value})
-        except InputError as error:
-            raise InputError(f"search space: {error}") from error
-    return dimension
+    return Dimension(name, checked)
+
+
+def _check_values(plan: Plan, space: Mapping[str, Dimension]) -> None:
+    """See that the model's configuration allows every value: many at once and, where that fails, one by one."""
+    values = {key: dimension.extremes() for key, dimension in space.items()}
+    try:
+        for turn in range(max(map(len, values.values()))):
+            plan.having({key: of[turn % len(of)] for key, of in values.items()})
+    except InputError:
+        for key, of in values.items():
+            for value in of:
+                try:
+                    plan.having({key: value})
+                except InputError as error:
+                    raise InputError(f"search space: {error}") from error
 
 
 def settings_of(params: Mapping[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+FEWEST_TO_TELL = 4
+"""trials that importance is told of"""
+
 
 def open_study(name: str, storage: str, facts: Mapping[str, Any]) -> optuna.Study:
     """Return the study of a name, a new one if there is none.
@@ -113,13 +116,15 @@ def blaming_storage(storage: str) -> Iterator[None]:
 
 
 def importance_of(study: optuna.Study) -> dict[str, float]:
-    """Return the share of the scores' variance that each key explains, largest first."""
+    """Return the share of the scores' variance that each key explains, largest first; nothing of too few trials."""
+    if len([trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]) < FEWEST_TO_TELL:
+        return {}
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-        except (ValueError, RuntimeError):  # too few trials, or all of one score
+        except (ValueError, RuntimeError):  # all of one score
             return {}
     return {key: float(share) for key, share in found.items()} if all(map(math.isfinite, found.values())) else {}

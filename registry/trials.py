@@ -162,7 +162,8 @@ class Search:
                 release(self.study, self.study.get_trials(deepcopy=False)[trial.number])
                 raise
             yield trial.number + 1
-            gc.collect()  # the model, and its recorded steps
+            if self.desk.device.type == "cuda":
+                gc.collect()  # the model and its recorded steps, or there is no room for the next
 
     def _there(self) -> list[FrozenTrial]:
         """Return the trials that have ended, and those that another process is at."""

@@ -102,11 +102,10 @@ def test_a_tracker_that_is_not_there(options, monkeypatch, empty_folder):
 
 
 def test_the_command_says_how_to_look_on(benchmark, options, empty_folder):
-    given = ["-m", "text_only", "-d", "custom", "--label-range", 3, "--data", options["data"], "--epochs", 1]
-    code, out, err = benchmark(
-        "compare", *given, "--seeds", 1, "--track", "tensorboard", "--text-encoder", options["text_encoder"]
-    )
-    assert code == 0, err
+    given = ["--models", "text_only", "-d", "custom", "--label-range", 3, "--data", options["data"], "--seeds", 1]
+    given += ["--text-encoder", options["text_encoder"], "--epochs", 1]
+    code, _, err = benchmark("compare", *given, "--track", "tensorboard")
+    assert code == 0
     assert "tensorboard --logdir runs/.tensorboard" in err
     assert len(list((empty_folder / "runs" / FOLDER).rglob("events*"))) >= 1
     assert benchmark("table", "runs")[0] == 0

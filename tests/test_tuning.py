@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,30 +13,36 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optuna
+import pandas as pd
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 import registry
-from registry import Range
 from registry.errors import BenchmarkError, InputError
 from registry.training import Watcher
 from registry.tuning_figure import draw
 from tests.helpers import feature_file
 
 MODEL = """
-import time
+import os, time
 import torch
 from registry import FusionOutput, Rates, register_model
 
 class Settings(Rates):
     offset: float = 0.0
     fault: str = "none"
-    wait: float = 0.0
+    stop: bool = False
 
 @register_model("shift", summary="predicts a constant", config=Settings, search={"offset": {"low": -2.0, "high": 2.0}})
 class Shift(torch.nn.Module):
     def __init__(self, config, data):
         super().__init__()
-        self.offset, self.wait, self.feature_dims = torch.nn.Parameter(torch.tensor(config.offset)), config.wait, {}
+        self.offset, self.feature_dims = torch.nn.Parameter(torch.tensor(config.offset)), {}
+        while config.stop and not os.path.exists("go"):
+            open("stopped", "w").close()
+            time.sleep(0.02)
         if config.fault == "raises":
             raise RuntimeError("no such luck")
         if config.fault == "memory":
@@ -43,9 +50,20 @@ class Shift(torch.nn.Module):
         self.scale = float("nan") if config.fault == "nan" else 1.0
 
     def forward(self, batch):
-        time.sleep(self.wait)
         return FusionOutput(self.offset.expand(len(batch)) * self.scale)
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk():
+    """SQLite waits until the disk has what it wrote, many times a trial."""
+
+    def listen(connection, _):
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", listen)
+    yield
+    event.remove(Engine, "connect", listen)
 
 
 @pytest.fixture
@@ -210,19 +228,166 @@ def test_ctrl_c_loses_the_running_trial_only_and_it_is_tried_again(options, tmp_
     assert [t.number for t in resumed.trials] == [1, 2, 4, 5]
 
 
-def test_kill_9_loses_the_running_trial_only(options, tmp_path, empty_folder):
-    """With the same settings in a process that is killed in its second trial, which waits."""
-    space = {"search": {"wait": [0.0, 60.0]}, "search_file": "none", "sampler": "grid", "sampler_seed": 1}
-    given = {**options, **space, "data": str(options["data"])}
-    code = f"import registry; registry.tune('shift', 'custom', **{given!r}, after=lambda *_: print('done', flush=True))"
+def test_kill_9_loses_the_running_trial_only(options, empty_folder):
+    """In a process that stops in its second trial, and is killed."""
+    given = {**options, "search": {"stop": [False, True]}, "search_file": "none", "sampler": "grid", "trials": 2}
+    code = f"import registry; registry.tune('shift', 'custom', **{given | {'data': str(options['data'])}!r})"
     environment = {**os.environ, "PYTHONPATH": str(Path(registry.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout.readline() == "done\n"
-    study = open_study()
-    while not any(trial.state.name == "RUNNING" and trial.params for trial in study.get_trials(deepcopy=False)):
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while not Path("stopped").exists():
+        assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    process.stdout.close()
-    make_waiting_short(options)
-    assert open_study().get_trials(deepcopy=False)[1].state.name == "RUNNING"
+    Path("go").touch()
+    states = [trial.state.name for trial in the_study().get_trials()]
+    assert states == ["COMPLETE", "RUNNING"]
+    tuning = registry.tune("shift", "custom", **given)
+    assert [(trial.number, trial.settings["stop"]) for trial in tuning.trials] == [(1, False), (3, True)]
+
+
+def the_study():
+    """Return the one study below `runs`."""
+    (place,) = Path("runs/tune").iterdir()
+    return optuna.load_study(study_name=place.name, storage=f"sqlite:///{place / 'study.db'}")
+
+
+def test_a_trial_that_another_process_is_at_counts_and_is_left_alone(options):
+    tune(options, trials=1)
+    trial = the_study().ask({"offset": optuna.distributions.FloatDistribution(-2.0, 2.0)})
+    trial.set_user_attr("process", [socket.gethostname(), os.getppid()])
+    assert len(tune(options, trials=3).trials) == 2
+    assert the_study().get_trials()[1].state.name == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"seeds": [2]}, "seeds"),
+        ({"search": {"batch_size": [4, 8]}}, "search space"),
+        ({"config": {"epochs": 2}}, "settings"),
+    ],
+)
+def test_a_study_of_something_else_is_refused(options, change, part):
+    tune(options, study="mine", trials=1)
+    with pytest.raises(InputError, match=f"the study 'mine' in sqlite.* is of another {part}: name a new one with"):
+        tune(options, study="mine", **change)
+    assert len(tune(options, study="mine", trials=1).trials) == 1
+
+
+def test_a_study_of_other_data_or_another_model_is_refused(options, tmp_path):
+    tune(options, study="mine", trials=1)
+    other = feature_file(tmp_path, name="other.pkl", audio=lambda audio: audio + 1)
+    with pytest.raises(InputError, match="is of another data:"):
+        tune(options, study="mine", data=other)
+    (tmp_path / "shift.py").write_text(MODEL + "\n")
+    with pytest.raises(InputError, match="is of another model:"):
+        tune(options, study="mine")
+
+
+def test_another_storage(options, tmp_path):
+    storage = f"sqlite:///{tmp_path / 'of mine.db'}"
+    tuning = tune(options, storage=storage, study="mine", trials=2)
+    assert len(optuna.load_study(study_name="mine", storage=storage).trials) == 2
+    assert tuning.storage == storage
+    assert not (tuning.folder / "study.db").exists()
+    for broken in ("nonsense", "nonsense://x", f"sqlite:///{tmp_path / 'no' / 'folder.db'}"):
+        with pytest.raises(InputError, match="cannot be used"):
+            tune(options, storage=broken)
+
+
+def test_optuna_is_an_extra(options, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match=r'needs the package optuna .*: pip install "selfmm-plugin\[tune\]"'):
+        tune(options)
+
+
+def test_the_callers_logging_is_left_as_it_was(options):
+    before = optuna.logging.get_verbosity()
+    tune(options, trials=1)
+    assert optuna.logging.get_verbosity() == before
+
+
+# --- files, and the command
+
+
+def test_the_files(options):
+    tuning = tune(options, trials=12, figure="picture.svg", search={"batch_size": [4, 8]})
+    best = json.loads(tuning.config_file.read_text("utf-8"))
+    assert best["config"] == {**tuning.best.settings, "epochs": 1, "learning_rate": 0.0} | (
+        {} if tuning.best.settings["batch_size"] != 32 else {"batch_size": 32}
+    )
+    assert "the test split is not read" in best["tuned"]["selection"]
+    table = pd.read_csv(tuning.folder / "trials.csv")
+    assert list(table["valid_mae"]) == [trial.valid_mae for trial in tuning.trials]
+    assert Path("picture.svg").read_text("utf-8").startswith("<?xml")
+    assert sum(tuning.importance.values()) == pytest.approx(1)
+    assert next(iter(tuning.importance)) == "offset"
+
+
+def test_the_picture(options):
+    tuning = tune(options, trials=12, search={"batch_size": [4, 8]})
+    history, importance = draw(tuning).axes
+    best = next(line for line in history.lines if line.get_label() == "best so far").get_ydata()
+    scores = [trial.valid_mae for trial in tuning.trials if trial.status == "ok"]
+    assert list(best[:-1]) == list(np.minimum.accumulate(scores))
+    assert [label.get_text() for label in importance.get_yticklabels()] == list(tuning.importance)
+    assert len(draw(tune(options, trials=1, study="short")).axes) == 1
+
+
+@pytest.fixture
+def command(options) -> list:
+    """The same search as a command line."""
+    given = ["tune", "-m", "shift", "-d", "custom", "--label-range", 3, "--data", options["data"], "--epochs", 1]
+    return [*given, "--plugin", options["plugins"][0], "--trials", 3]
+
+
+def test_what_the_command_prints_and_says_to_type_next(benchmark, command):
+    code, out, err = benchmark(*command)
+    assert code == 0
+    for word in ("shift on custom, best of 3 trials (3 ok)", "validation MAE", "offset=", "the test split is not read"):
+        assert word in out
+    assert "seed 1111 (trial 2 of 3)" in err
+    assert re.search(r"trial 3 \(3 of 3\): validation MAE \d\.\d{4} in epoch 1; best \d\.\d{4}, of trial \d", err)
+    code, out, _ = benchmark(*shlex.split(out.splitlines()[-1])[1:])
+    assert code == 0
+    assert "shift on custom, test split" in out
+    assert "mean ± sd" in out
+
+
+def test_json_and_nothing_else(benchmark, command):
+    code, out, _ = benchmark(*command, "--json")
+    tuning = json.loads(out)
+    assert code == 0
+    assert tuning["best"] in tuning["trials"]
+    assert len(tuning["trials"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--trials", 0], "--trials must be at least 1, got 0"),
+        (["--sampler", "tp"], "unknown sampler 'tp', did you mean 'tpe'?"),
+        (["--search-set", "ofset=0,1"], "unknown key 'ofset', did you mean 'offset'?"),
+        (["--search-set", "offset=1..0"], "a range goes from low to high, got 1 to 0"),
+        (["--search-set", "offset=-1..1:log"], "a range with log must be of positive numbers"),
+        (["--search-set", "offset=a..b"], "--search-set takes numbers as offset=LOW..HIGH"),
+        (["--search-set", "batch_size=1..2.5"], "'batch_size' is an integer, got 1 to 2.5"),
+        (["--search-set", "batch_size=0,1"], "'batch_size' must be at least 1, got 0"),
+        (["--search-set", "batch_size=8,8"], "'batch_size' has a value twice"),
+        (["--search-set", "fault=0..1"], "'fault' is no number, and has no range"),
+        (["--search-set", "offset"], "--search-set takes KEY=LOW..HIGH[:log] or KEY=A,B,C, got 'offset'"),
+        (["--search-set", "offset=1,2", "--set", "offset=1"], "offset is set, and to be searched as well"),
+        (["--set", "offset=1"], "shift declares nothing to search"),
+        (["--search", "none"], "name keys with --search-set"),
+        (["--search", "no.toml"], "search space file no.toml cannot be read"),
+        (["--figure", "a.txt"], "--figure a.txt must end in .png, .pdf, .svg"),
+        (["--study", "a/b"], "--study is made of letters"),
+    ],
+)
+def test_wrong_input_is_one_sentence(benchmark, command, arguments, said):
+    code, out, err = benchmark(*command, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert not list(Path.cwd().rglob("*.db"))

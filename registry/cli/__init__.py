@@ -7,10 +7,10 @@ import sys
 import warnings
 
 from ..errors import BenchmarkError
-from . import compare, labels, registered, run, screen, tune
+from . import compare, doctor, labels, registered, run, screen, tune
 from .common import app
 
-__all__ = ["compare", "labels", "main", "registered", "run", "tune"]
+__all__ = ["compare", "doctor", "labels", "main", "registered", "run", "tune"]
 
 
 def main() -> None:

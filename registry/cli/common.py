@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError
-from . import screen
+from . import completion, screen
 
 app = typer.Typer(
     help="Train and test models of multimodal sentiment analysis under one protocol.",
@@ -23,8 +23,25 @@ app = typer.Typer(
 Plugin = Annotated[
     list[str], typer.Option("--plugin", help="FILE.py or module of a plugin that is not packaged; repeatable.")
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="A model, or MODEL+HOOK; see `benchmark list models`.")]
-Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A model, or MODEL+HOOK; see `benchmark list models`.",
+        autocompletion=completion.model,
+    ),
+]
+Hooks = Annotated[
+    list[str],
+    typer.Option("--hook", help="A training hook to add; repeatable.", autocompletion=completion.hooks),
+]
+Dataset = Annotated[
+    str,
+    typer.Option(
+        "--dataset", "-d", help="A dataset; see `benchmark list datasets`.", autocompletion=completion.dataset
+    ),
+]
 Data = Annotated[Path | None, typer.Option(help="Feature file in MMSA's pickle layout.")]
 Encoder = Annotated[str | None, typer.Option(help="minilm, a hub name or a folder; the dataset's own by default.")]
 Seeds = Annotated[list[str], typer.Option("--seeds", "-s", help="1111-1115 or 1,2 or one number; repeatable.")]

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError
-from . import screen
+from . import completion, screen
 from .common import (
     Data,
     Dataset,
@@ -64,10 +64,16 @@ def compare(
             "-m",
             help="Names with commas between, each NAME, NAME+HOOK, or NAME:KEY=VALUE:… with settings of its own; "
             "all is every model. The others are compared with the first.",
+            autocompletion=completion.models,
         ),
     ],
     also_with: Annotated[
-        list[str], typer.Option("--with", help="Hooks to add to each model that takes them, as heads,ulgm.")
+        list[str],
+        typer.Option(
+            "--with",
+            help="Hooks to add to each model that takes them, as heads,ulgm.",
+            autocompletion=completion.hooks,
+        ),
     ] = [],
     dataset: Dataset = "demo",
     data: Data = None,

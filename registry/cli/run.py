@@ -20,6 +20,7 @@ from .common import (
     Encoder,
     Epochs,
     Graph,
+    Hooks,
     LabelRange,
     Model,
     Plugin,
@@ -53,7 +54,7 @@ def run(
     settings: Annotated[
         list[str], typer.Option("--set", help="KEY=VALUE; see `benchmark describe MODEL`; repeatable.")
     ] = [],
-    hook: Annotated[list[str], typer.Option("--hook", help="A training hook to add; repeatable.")] = [],
+    hook: Hooks = [],
     epochs: Epochs = None,
     label_range: LabelRange = None,
     device: Device = "auto",

@@ -21,6 +21,7 @@ from .common import (
     Encoder,
     Epochs,
     Graph,
+    Hooks,
     LabelRange,
     Model,
     Plugin,
@@ -62,7 +63,7 @@ def tune(
     settings: Annotated[
         list[str], typer.Option("--set", help="KEY=VALUE of a key that is not to be searched; repeatable.")
     ] = [],
-    hook: Annotated[list[str], typer.Option("--hook", help="A training hook to add; repeatable.")] = [],
+    hook: Hooks = [],
     epochs: Epochs = None,
     label_range: LabelRange = None,
     device: Device = "auto",
