@@ -284,7 +284,11 @@ def _plugins() -> Iterator[Finding]:
     for kind in GROUPS:
         checked = Plugins().check(kind)
         failed = [(entry, error) for entry, error in checked if isinstance(error, BenchmarkError)]
-        yield Finding("plugins", "published results" if kind == "published" else f"{kind}s", f"{len(checked) - len(failed)} of {len(checked)} can be used")
+        yield Finding(
+            "plugins",
+            "published results" if kind == "published" else f"{kind}s",
+            f"{len(checked) - len(failed)} of {len(checked)} can be used",
+        )
         reasons: dict[str, list[Any]] = defaultdict(list)
         for entry, error in failed:
             reasons[str(error).partition("cannot be used: ")[2] or str(error)].append(entry)

@@ -97,7 +97,7 @@ def is_text(node: ast.AST) -> bool:
 
 # --- what an import loads
 
-HEAVY = ["torch", "transformers", "numpy", "pandas", "sklearn", "safetensors", "matplotlib"]
+HEAVY = ["torch", "transformers", "numpy", "pandas", "sklearn", "safetensors", "matplotlib", "optuna", "tensorboard"]
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
@@ -111,6 +111,8 @@ def test_the_registrys_names_are_lazy():
         ["--help"],
         ["run", "--help"],
         ["labels", "--help"],
+        ["tune", "--help"],
+        ["doctor", "--help"],
         ["list", "models"],
         ["list", "datasets", "--json"],
         ["nonsense"],

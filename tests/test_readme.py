@@ -106,7 +106,8 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
 
 def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     helps = {}
-    for command in ("run", "compare", "table", "list", "describe", "check", "labels", "import-checkpoint"):
+    commands = ("run", "compare", "table", "list", "describe", "check", "labels", "import-checkpoint", "tune", "doctor")
+    for command in commands:
         monkeypatch.setenv("COLUMNS", "200")
         helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
     named = set(re.findall(r"benchmark ([a-z-]+)", README)) - {"run"}
