@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,10 +49,10 @@ class Finding:
     """whether nothing works without it"""
 
 
-def diagnose(runs: str | Path = "runs") -> list[Finding]:
-    """Return everything, section by section."""
+def diagnose(runs: str | Path = "runs", sections: Collection[str] | None = None) -> list[Finding]:
+    """Return the findings of some sections, by default of all."""
     root = Path(os.path.expanduser(runs))
-    sections: dict[str, Callable[[], Iterator[Finding]]] = {
+    known: dict[str, Callable[[], Iterator[Finding]]] = {
         "versions": _versions,
         "extras": _extras,
         "device": _device,
@@ -62,7 +62,9 @@ def diagnose(runs: str | Path = "runs") -> list[Finding]:
         "terminal": _terminal,
     }
     found: list[Finding] = []
-    for section, look in sections.items():
+    for section, look in known.items():
+        if sections is not None and section not in sections:
+            continue
         try:
             for finding in look():
                 found.append(finding)  # noqa: PERF402 (what was found before an error stays)

@@ -5,17 +5,17 @@ A trial that was interrupted is one that failed without a reason; its configurat
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from .errors import BenchmarkError, InputError, one_line
-from .runs import finite, identity
+from .runs import identity
 
 if TYPE_CHECKING:
     import optuna
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FEWEST_TO_TELL = 4
 """trials that importance is told of"""
+_SECONDS_TO_BEGIN = 30
 
 
 def open_study(name: str, storage: str, facts: Mapping[str, Any]) -> optuna.Study:
@@ -42,7 +43,6 @@ def open_study(name: str, storage: str, facts: Mapping[str, Any]) -> optuna.Stud
     before = study.user_attrs.get("made_for")
     if before is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("made_for", marks)
-        study.set_user_attr("facts", json.loads(json.dumps(finite(dict(facts)))))
     elif before != marks:
         other = [part for part, mark in marks.items() if (before or {}).get(part) != mark]
         raise InputError(
@@ -63,14 +63,18 @@ def is_running(trial: FrozenTrial) -> bool:
 def release_interrupted(study: optuna.Study) -> None:
     """Let the trials be tried again whose process is gone; one of another machine is taken to be running."""
     for trial in filter(is_running, study.get_trials(deepcopy=False)):
-        host, process = trial.user_attrs.get("process", [socket.gethostname(), None])
-        if host == socket.gethostname() and (process == os.getpid() or not _is_alive(process)):
+        if not _is_alive(trial):
             release(study, trial)
 
 
-def _is_alive(process: int | None) -> bool:
-    if process is None:
-        return False
+def _is_alive(trial: FrozenTrial) -> bool:
+    here = socket.gethostname()
+    host, process = trial.user_attrs.get("process", [here, None])
+    if process is None:  # it has begun just now, or never came to say whose it is
+        begun = trial.datetime_start
+        return begun is not None and (datetime.now() - begun).total_seconds() < _SECONDS_TO_BEGIN
+    if host != here or process == os.getpid():
+        return host != here
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -112,7 +116,8 @@ def blaming_storage(storage: str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("optuna", "sqlalchemy", "alembic")):
             raise
-        raise InputError(f"the storage {storage} cannot be used: {one_line(error)}") from error
+        cause = getattr(error, "orig", None) or error  # without the statement that failed
+        raise InputError(f"the storage {storage} cannot be used: {one_line(cause)}") from error
 
 
 def importance_of(study: optuna.Study) -> dict[str, float]:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 SPLITS = ("train", "valid")
-_EPOCHS_BEFORE_PRUNING = 3
-"""generated labels first count in epoch 3"""
+MOST_POINTS = 10_000
+"""of a grid"""
+_FIRST_PRUNED_EPOCH = 3
+"""generated labels first count in this one"""
 _TRIALS_BEFORE_PRUNING = 5
 _STEPS_OF_A_SEED = 10_000
 """epochs of later seeds are counted on from here"""
@@ -148,7 +150,7 @@ class Search:
         """Yield the number, from 1, of each trial that has ended."""
         from optuna.pruners import MedianPruner
 
-        self.study.pruner = MedianPruner(_TRIALS_BEFORE_PRUNING, _EPOCHS_BEFORE_PRUNING)
+        self.study.pruner = MedianPruner(_TRIALS_BEFORE_PRUNING, _FIRST_PRUNED_EPOCH)
         distributions = {key: values.distribution() for key, values in self.space.items()}
         while (done := len(self._there())) < self.trials:
             if self.sampler == "grid" and not self._queue_next_point():
@@ -200,7 +202,7 @@ class Search:
         if twin is not None:  # it would get the same score
             trial.set_user_attr("best_epochs", twin.user_attrs.get("best_epochs", []))
             trial.set_user_attr("reason", f"the same as trial {twin.number + 1}")
-            self.study.tell(trial, twin.value)
+            self.study.tell(trial, twin.value, skip_if_finished=True)
             return
         try:
             job = self.desk.job(self.desk.plan.having(settings_of(trial.params, self.space)))
@@ -210,10 +212,10 @@ class Search:
                 best_epochs.append(best.epoch)
         except _Pruned as reason:
             trial.set_user_attr("reason", str(reason))
-            self.study.tell(trial, state=TrialState.PRUNED)
+            self.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         except (Exception, SystemExit) as error:  # the model's, mostly; other configurations may do better
             trial.set_user_attr("reason", " ".join(reason_of(error).split()))
-            self.study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         else:
             trial.set_user_attr("best_epochs", best_epochs)
-            self.study.tell(trial, float(np.mean(reporter.scores)))
+            self.study.tell(trial, float(np.mean(reporter.scores)), skip_if_finished=True)

@@ -9,6 +9,7 @@ A study is kept in a database: the same search continues where it was left, and 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -26,7 +27,7 @@ from .runs import finite, identity, require_file, require_writable, write_file
 from .search_space import Dimension, make_space, settings_of
 from .studies import blaming_storage, counts, importance_of, open_study, quiet, release_interrupted
 from .training import Watcher
-from .trials import Desk, Search
+from .trials import MOST_POINTS, Desk, Search
 
 if TYPE_CHECKING:
     import optuna
@@ -193,8 +194,8 @@ def tune(
         plugins=plugins,
     )
     space = make_space(plan, search, file=search_file, fixed=config)
-    if sampler == "grid" and (ranges := [key for key, dimension in space.items() if dimension.is_range]):
-        raise InputError(f"--sampler grid takes lists of values, and {ranges[0]} has a range")
+    if sampler == "grid":
+        _check_grid(space)
     root = Path(os.path.expanduser(runs))
     desk = Desk(plan, data, text_encoder, find_device(device), precision, root / ".cache", graph, watcher)
     facts = _facts(desk.job(plan), seeds, space)
@@ -231,6 +232,14 @@ def tune(
     return tuning
 
 
+def _check_grid(space: Mapping[str, Dimension]) -> None:
+    if ranges := [key for key, dimension in space.items() if dimension.is_range]:
+        raise InputError(f"--sampler grid takes lists of values, and {ranges[0]} has a range")
+    points = math.prod(len(dimension.extremes()) for dimension in space.values())
+    if points > MOST_POINTS:
+        raise InputError(f"--sampler grid: the space has {points:,} points, and {MOST_POINTS:,} are the most it takes")
+
+
 def _trials(study: optuna.Study, space: Mapping[str, Dimension]) -> list[Trial]:
     """Return the trials that have ended, by number."""
     return [_trial(frozen, space) for frozen in study.get_trials(deepcopy=False) if counts(frozen)]
@@ -261,7 +270,7 @@ def _facts(job: Job, seeds: Sequence[int], space: Mapping[str, Dimension]) -> di
         "text encoder": (settings["text_encoder"] or {}).get("sha256"),
         "precision": settings["precision"],
         "seeds": list(seeds),
-        "search space": {key: str(dimension) for key, dimension in space.items()},
+        "search space": {key: repr(dimension.values) for key, dimension in space.items()},
     }
 
 

@@ -21,6 +21,8 @@ __all__ = ["FORMATS", "draw", "write_figure"]
 
 MOST_KEYS = 12
 """in the figure; the others matter least"""
+MOST_SPREAD = 6
+"""how far up the figure goes from the best score, as a multiple of the median's distance from it"""
 _OK, _BEST, _PRUNED, _FAILED = "#8fb3d4", "#333333", "#aaaaaa", "#c0504d"
 
 
@@ -56,12 +58,16 @@ def _history(axes: Axes, tuning: Tuning) -> None:
     if failed:
         bottom = axes.get_xaxis_transform()
         axes.plot(failed, [0.02] * len(failed), "|", color=_FAILED, markersize=5, transform=bottom, label="failed")
+    scores = [trial.valid_mae for trial in tuning.trials if trial.valid_mae is not None]
+    highest = best[-1] + MOST_SPREAD * (float(np.median(scores)) - best[-1])
+    if max(scores) > highest > best[-1]:  # one hopeless trial must not make the others a line
+        axes.set_ylim(top=highest)
     axes.set_xlabel("trial")
     axes.set_ylabel("validation MAE")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.03)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=7)
 
 
 def _importance(axes: Axes, tuning: Tuning, keys: list[str]) -> None:

@@ -191,6 +191,10 @@ def test_a_grid_ends_when_every_point_was_tried(options):
     assert len(tuning.trials) == len({json.dumps(trial.settings) for trial in tuning.trials}) == 4
     with pytest.raises(InputError, match="--sampler grid takes lists of values, and offset has a range"):
         tune(options, sampler="grid")
+    keys = ("batch_size", "update_epochs", "early_stop", "scheduler_patience")
+    space |= {key: list(range(1, 11)) for key in keys}
+    with pytest.raises(InputError, match="the space has 20,000 points, and 10,000 are the most"):
+        tune(options, sampler="grid", search=space)
 
 
 # --- going on
