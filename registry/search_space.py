@@ -49,7 +49,7 @@ class Dimension:
 
     def stored(self, value: Any) -> Any:
         """Return a value as a study stores it, which has no lists: as JSON."""
-        return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
+        return json.dumps(value, default=str) if isinstance(value, (list, tuple, dict)) else value
 
     def value(self, stored: Any) -> Any:
         """Return the value that a study has stored."""
@@ -139,7 +139,7 @@ def _dimension(plan: Plan, key: str, values: Any) -> Dimension:
         raise InputError(f"search space: {key!r} takes a range or a list of values, got {values!r}")
     else:
         checked = tuple(checked)
-        stored = [json.dumps(value) for value in checked]
+        stored = [json.dumps(value, default=str) for value in checked]
         if len(set(stored)) < len(stored):
             raise InputError(f"search space: {key!r} has a value twice, in {as_typed(checked)}")
     return Dimension(name, checked)

@@ -175,6 +175,8 @@ def tune(
     watcher = watcher or Watcher()
     if trials < 1:
         raise InputError(f"--trials must be at least 1, got {trials}")
+    if sampler_seed < 0:
+        raise InputError(f"--seed must be at least 0, got {sampler_seed}")
     if sampler not in SAMPLERS:
         raise InputError(unknown("sampler", sampler, SAMPLERS))
     if study is not None and not re.fullmatch(NAME, study):

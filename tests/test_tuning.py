@@ -371,6 +371,7 @@ def test_json_and_nothing_else(benchmark, command):
     ("arguments", "said"),
     [
         (["--trials", 0], "--trials must be at least 1, got 0"),
+        (["--seed", -1], "--seed must be at least 0, got -1"),
         (["--sampler", "tp"], "unknown sampler 'tp', did you mean 'tpe'?"),
         (["--search-set", "ofset=0,1"], "unknown key 'ofset', did you mean 'offset'?"),
         (["--search-set", "offset=1..0"], "a range goes from low to high, got 1 to 0"),
