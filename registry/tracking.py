@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,8 @@ class TensorBoard(Watcher):
 
     def _close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with suppress(Exception):  # what could not be written has been told of
+                self._writer.close()
             self._writer = None
 
     def _give_up(self, error: Exception) -> None:
