@@ -367,6 +367,12 @@ def test_json_and_nothing_else(benchmark, command):
     assert len(tuning["trials"]) == 3
 
 
+def test_describe_shows_what_is_searched(benchmark):
+    code, out, _ = benchmark("describe", "text_only")
+    assert code == 0
+    assert "0.0001 to 0.01, log" in out.split("what benchmark tune searches")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
