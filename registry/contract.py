@@ -290,11 +290,6 @@ class ModelSpec:
     url: str = ""
     version: str = "1"
 
-    def __post_init__(self) -> None:
-        known = {*self.config.model_fields, *Training.model_fields}
-        if strange := [key for key in self.search if key.split(".")[0] not in {*known, "hook"}]:
-            raise ValueError(f"search has {strange[0]!r}, which is no config key of {self.name}")
-
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class HookSpec:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry import ModelSpec, Range
+from registry import Range
 from registry.errors import InputError
 from registry.jobs import make_plan
+from registry.plugins import Plugins
 from registry.search_space import make_space, parse_search
 
 
@@ -84,12 +85,19 @@ def test_a_table_and_its_entry_cannot_both_be_searched(plan):
         make_space(plan, {"NN1Config": [{"drop": 0.0, "shapes": 32}]})
 
 
-def test_a_spec_with_a_key_that_is_not_the_models_is_refused():
-    with pytest.raises(ValueError, match="search has 'learning_rat', which is no config key of m"):
-        ModelSpec(name="m", summary="", build=lambda *_: None, search={"learning_rat": (1,)})
-    assert ModelSpec(name="m", summary="", build=lambda *_: None, search={"epochs": [1, 2]}).search == {
-        "epochs": (1, 2)
-    }
+def test_a_model_that_declares_a_key_it_has_not_is_refused(tmp_path):
+    source = """
+import torch
+from registry import register_model
+
+@register_model("m", search={"learning_rat": [1]})
+class Model(torch.nn.Module): pass
+"""
+    (tmp_path / "m.py").write_text(source)
+    with pytest.raises(InputError, match="search has 'learning_rat', which is no config key"):
+        Plugins([str(tmp_path / "m.py")]).load("model", "m")
+    (tmp_path / "m.py").write_text(source.replace("learning_rat", "epochs"))
+    assert Plugins([str(tmp_path / "m.py")]).load("model", "m").search == {"epochs": (1,)}
 
 
 DATASETS = {"mtfn": "sims", "mlf_dnn": "sims", "mlmf": "sims"}
