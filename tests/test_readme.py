@@ -110,9 +110,10 @@ def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     for command in commands:
         monkeypatch.setenv("COLUMNS", "200")
         helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
-    named = set(re.findall(r"benchmark ([a-z-]+)", README)) - {"run"}
+    helps[""] = benchmark(monkeypatch, capsys, "benchmark --help")
+    named = set(re.findall(r"benchmark ([a-z][a-z-]*)", README)) - {"run"}
     assert named <= helps.keys()
-    for line in re.findall(r"benchmark (?:[a-z-]+)[^`\n]*", README):
+    for line in re.findall(r"benchmark (?:[a-z][a-z-]*)[^`\n]*", README):
         command = line.split()[1]
         for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line):
             assert option in helps[command], line
