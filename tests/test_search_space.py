@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from pathlib import Path
+from importlib.resources import files
 
 import pytest
 from hypothesis import given
@@ -101,7 +101,8 @@ class Model(torch.nn.Module): pass
 
 
 DATASETS = {"mtfn": "sims", "mlf_dnn": "sims", "mlmf": "sims"}
-UPSTREAM = json.loads((Path(__import__("MMSA").__file__).parent / "config" / "config_tune.json").read_text("utf-8"))
+OURS = files("baselines_compat") / "presets" / "search.json"
+UPSTREAM = json.loads((files("MMSA") / "config" / "config_tune.json").read_text("utf-8"))
 OUR_NAME = {"grad_clip": "clip_value", "patience": "scheduler_patience"}
 LEFT_OUT = {
     "self_mm": {"learning_rate_bert", "text_out", "audio_out", "video_out", "a_lstm_dropout", "v_lstm_dropout", "H"}
@@ -120,9 +121,7 @@ def test_the_space_of_a_model_that_upstream_has_not():
     assert str(make_space(make_plan("text_only", "mosi"))["learning_rate"]) == "0.0001 to 0.01, log"
 
 
-@pytest.mark.parametrize(
-    "model", ["self_mm", *json.loads(Path("baselines_compat/presets/search.json").read_text())["models"]]
-)
+@pytest.mark.parametrize("model", ["self_mm", *json.loads(OURS.read_text("utf-8"))["models"]])
 def test_the_spaces_are_upstreams_and_every_value_of_them_is_allowed(model):
     space = make_space(make_plan(model, DATASETS.get(model, "mosi")))
     published = UPSTREAM[model]["debugParams"]
