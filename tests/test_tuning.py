@@ -200,7 +200,7 @@ def test_a_grid_ends_when_every_point_was_tried(options):
 # --- going on
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_search_in_two_parts_tries_the_same_as_in_one(options, tmp_path, sampler):
     given = {"sampler": sampler, "search": {"batch_size": [4, 8]}}
     whole = tune(options, **given, trials=14, runs=tmp_path / "whole")
