@@ -28,6 +28,7 @@ from .layers import (
     needs,
     one_rate,
     presets,
+    search,
 )
 
 ENCODERS = ("bert", "camembert", "distilbert", "mpnet", "roberta", "xlm-roberta")
@@ -140,6 +141,7 @@ SPEC = ModelSpec(
     needs=needs,
     per_sample=True,
     tuned_for=FINE_TUNED,
+    search=search("bert_mag"),
     citation=(
         "Wasifur Rahman, Md Kamrul Hasan, Sangwu Lee, AmirAli Bagher Zadeh, Chengfeng Mao, Louis-Philippe Morency, "
         "Ehsan Hoque: Integrating Multimodal Information in Large Pretrained Transformers. ACL 2020."

@@ -17,7 +17,18 @@ from torch.nn.functional import pad, relu
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, BaselineConfig, TextInput, at_end, needs, on_text_steps, presets, real_steps
+from .layers import (
+    FROZEN,
+    Baseline,
+    BaselineConfig,
+    TextInput,
+    at_end,
+    needs,
+    on_text_steps,
+    presets,
+    real_steps,
+    search,
+)
 
 MOMENTUM = 0.1
 """how fast running statistics follow a batch's, as torch has it"""
@@ -88,6 +99,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=32),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("ef_lstm"),
     citation=(
         "Jennifer Williams, Steven Kleinegesse, Ramona Comanescu, Oana Radu: Recognizing Emotions in Video Using "
         "Multimodal DNN Feature Fusion. Challenge-HML 2018."

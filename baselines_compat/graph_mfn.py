@@ -20,7 +20,7 @@ from torch.nn.functional import relu
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, TextInput, at_end, needs, on_text_steps, presets
+from .layers import FROZEN, Baseline, TextInput, at_end, needs, on_text_steps, presets, search
 from .mfn import MODALITIES, GatedMemory, MemoryConfig, Network, Sizes, predict, windows
 
 HIDDEN = 100
@@ -120,6 +120,7 @@ SPEC = ModelSpec(
     needs=needs,
     per_sample=True,
     tuned_for=FROZEN,
+    search=search("graph_mfn"),
     citation=(
         "Amir Zadeh, Paul Pu Liang, Soujanya Poria, Erik Cambria, Louis-Philippe Morency: Multimodal Language Analysis "
         "in the Wild: CMU-MOSEI Dataset and Interpretable Dynamic Fusion Graph. ACL 2018."

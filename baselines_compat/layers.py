@@ -36,6 +36,11 @@ def presets(
     }
 
 
+def search(model: str) -> dict[str, list[Any]]:
+    """Return what upstream's tuner chooses from for a model, by our key; what it never varies is left out."""
+    return json.loads((files("baselines_compat") / "presets" / "search.json").read_text("utf-8"))["models"][model]
+
+
 def one_rate(by_preset: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return presets that train the text encoder as everything else, where upstream has one rate and decay for both."""
     return {

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, BaselineConfig, Head, ModalityNets, TextInput, needs, presets
+from .layers import FROZEN, Baseline, BaselineConfig, Head, ModalityNets, TextInput, needs, presets, search
 
 
 class LFDNNConfig(BaselineConfig):
@@ -51,6 +51,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=128),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("lf_dnn"),
     citation=(
         "Erik Cambria, Devamanyu Hazarika, Soujanya Poria, Amir Hussain, R. B. V. Subramanyam: Benchmarking Multimodal "
         "Sentiment Analysis. CICLing 2017."

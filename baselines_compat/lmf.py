@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, BaselineConfig, ModalityNets, TextInput, needs, presets
+from .layers import FROZEN, Baseline, BaselineConfig, ModalityNets, TextInput, needs, presets, search
 
 
 class LMFConfig(BaselineConfig):
@@ -80,6 +80,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=64),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("lmf"),
     citation=(
         "Zhun Liu, Ying Shen, Varun Bharadhwaj Lakshminarasimhan, Paul Pu Liang, AmirAli Bagher Zadeh, Louis-Philippe "
         "Morency: Efficient Low-rank Multimodal Fusion with Modality-Specific Factors. ACL 2018."

@@ -19,7 +19,7 @@ from torch.nn.functional import relu
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, TextInput, TextNet, needs, on_text_steps, presets, real_steps
+from .layers import FROZEN, Baseline, TextInput, TextNet, needs, on_text_steps, presets, real_steps, search
 from .mfn import MODALITIES, MemoryFusion, MFNConfig, Network, Sizes
 
 
@@ -151,6 +151,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=64),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("mfm"),
     citation=(
         "Yao-Hung Hubert Tsai, Paul Pu Liang, Amir Zadeh, Louis-Philippe Morency, Ruslan Salakhutdinov: Learning "
         "Factorized Multimodal Representations. ICLR 2019."

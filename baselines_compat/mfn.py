@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad, relu
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, BaselineConfig, TextInput, at_end, needs, on_text_steps, presets
+from .layers import FROZEN, Baseline, BaselineConfig, TextInput, at_end, needs, on_text_steps, presets, search
 
 MODALITIES = ("text", "audio", "vision")
 
@@ -188,6 +188,7 @@ SPEC = ModelSpec(
     needs=needs,
     per_sample=True,
     tuned_for=FROZEN,
+    search=search("mfn"),
     citation=(
         "Amir Zadeh, Paul Pu Liang, Navonil Mazumder, Soujanya Poria, Erik Cambria, Louis-Philippe Morency: Memory "
         "Fusion Network for Multi-view Sequential Learning. AAAI 2018."

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FINE_TUNED, Baseline, BaselineConfig, TextInput, mean_over_steps, needs, one_rate, presets
+from .layers import FINE_TUNED, Baseline, BaselineConfig, TextInput, mean_over_steps, needs, one_rate, presets, search
 
 MODALITIES = ("text", "vision", "audio")
 MOMENTS = 5
@@ -184,6 +184,7 @@ SPEC = ModelSpec(
     training=Training(criterion="mse", batch_size=16, update_epochs=2, clip_value=0.8),
     needs=needs,
     tuned_for=FINE_TUNED,
+    search=search("misa"),
     citation=(
         "Devamanyu Hazarika, Roger Zimmermann, Soujanya Poria: MISA: Modality-Invariant and -Specific Representations "
         "for Multimodal Sentiment Analysis. ACM Multimedia 2020."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from registry import DataInfo, ModelSpec, Training
 
-from .layers import FROZEN, BaselineConfig, presets
+from .layers import FROZEN, BaselineConfig, presets, search
 from .lf_dnn import LFDNN, LFDNNConfig
 from .multi_task import (
     CITATION,
@@ -66,6 +66,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=32),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("mlf_dnn"),
     citation=CITATION,
     url=URL,
 )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from registry import DataInfo, ModelSpec, Training
 
-from .layers import FROZEN, BaselineConfig, presets
+from .layers import FROZEN, BaselineConfig, presets, search
 from .lmf import LMF, LMFConfig
 from .multi_task import (
     CITATION,
@@ -66,6 +66,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=128),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("mlmf"),
     citation=CITATION,
     url=URL,
 )

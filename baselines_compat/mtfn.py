@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from registry import DataInfo, ModelSpec, Training
 
-from .layers import FROZEN, BaselineConfig, presets
+from .layers import FROZEN, BaselineConfig, presets, search
 from .multi_task import (
     CITATION,
     URL,
@@ -67,6 +67,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=32),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("mtfn"),
     citation=CITATION,
     url=URL,
 )

@@ -18,7 +18,7 @@ from torch.nn.functional import linear, pad, relu, scaled_dot_product_attention
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, BaselineConfig, TextInput, at_end, needs, presets, real_steps
+from .layers import FROZEN, Baseline, BaselineConfig, TextInput, at_end, needs, presets, real_steps, search
 
 MODALITIES = ("text", "audio", "vision")
 
@@ -281,6 +281,7 @@ SPEC = ModelSpec(
     needs=needs,
     per_sample=True,
     tuned_for=FROZEN,
+    search=search("mult"),
     citation=(
         "Yao-Hung Hubert Tsai, Shaojie Bai, Paul Pu Liang, J. Zico Kolter, Louis-Philippe Morency, Ruslan "
         "Salakhutdinov: Multimodal Transformer for Unaligned Multimodal Language Sequences. ACL 2019."

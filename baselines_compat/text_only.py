@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
+from registry import Batch, DataInfo, FusionOutput, ModelSpec, Range, Training
 
 from .layers import Baseline, Head, TextConfig, TextInput, mean_over_steps
 
@@ -46,4 +46,11 @@ SPEC = ModelSpec(
     training=Training(batch_size=32),
     needs=lambda config: ("text" if config.finetune_text else "text_features",),
     per_sample=True,
+    search={
+        "learning_rate": Range(1e-4, 1e-2, log=True),
+        "weight_decay": (0.0, 1e-4, 1e-3, 1e-2),
+        "batch_size": (16, 32, 64),
+        "post_fusion_dim": (32, 64, 128, 256),
+        "post_fusion_dropout": Range(0.0, 0.5),
+    },
 )

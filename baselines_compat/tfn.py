@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from registry import Batch, DataInfo, FusionOutput, ModelSpec, Training
 
-from .layers import FROZEN, Baseline, BaselineConfig, Head, ModalityNets, TextInput, needs, presets
+from .layers import FROZEN, Baseline, BaselineConfig, Head, ModalityNets, TextInput, needs, presets, search
 
 
 class TFNConfig(BaselineConfig):
@@ -59,6 +59,7 @@ SPEC = ModelSpec(
     training=Training(batch_size=32),
     needs=needs,
     tuned_for=FROZEN,
+    search=search("tfn"),
     citation=(
         "Amir Zadeh, Minghai Chen, Soujanya Poria, Erik Cambria, Louis-Philippe Morency: Tensor Fusion Network for "
         "Multimodal Sentiment Analysis. EMNLP 2017."

@@ -13,8 +13,8 @@ from typing import Any
 
 _HOME = {
     "registry.contract": (
-        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec PublishedResult PublishedResults Rates "
-        "Training TrainingData TrainingHook register_model"
+        "Batch Config DataInfo DatasetSpec FusionOutput HookSpec ModelSpec PublishedResult PublishedResults Range "
+        "Rates Training TrainingData TrainingHook register_model"
     ),
     "registry.errors": "BenchmarkError InputError RunFailed",
     "registry.benchmark": "Result run",
@@ -27,6 +27,7 @@ _HOME = {
     "registry.hub": "pull push",
     "registry.prediction": "predict",
     "registry.runs": "Run load_run",
+    "registry.tuning": "Tuning tune",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -35,6 +35,8 @@ from .labels import generated_in_vain
 from .metrics import regression
 from .plugins import NAME
 from .runs import environment, fault_of, finished, finite, load_run, require_no_strangers, require_writable, write_run
+from .tracking import FOLDER as TRACKED
+from .tracking import TensorBoard, require_tracker
 from .training import Epoch, Watcher, text_sums, train
 from .unfinished import Busy, Unfinished, claim
 
@@ -121,6 +123,7 @@ def run(
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     force: bool = False,
+    track: str | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Train and test a model, once for each seed; a finished run is found and not repeated.
@@ -149,6 +152,7 @@ def run(
         runs: the folder that holds run folders; nothing is written outside it.
         plugins: files or modules of plugins that are not packaged.
         force: train again where a finished run exists.
+        track: `"tensorboard"` also writes event files, while it trains, below `RUNS/.tensorboard`.
         watcher: is told of progress; without one, what you should know is a Python warning.
 
     Returns:
@@ -159,6 +163,8 @@ def run(
     """
     seeds = checked_seeds(seeds)
     watcher = watcher or Watcher()
+    if track is not None:
+        require_tracker(track)
     plan = make_plan(
         model,
         dataset,
@@ -192,7 +198,10 @@ def run(
         cache=root / ".cache",
         precision=precision,
     )
-    folder = root / plan.name / plan.dataset.name / job.identity()
+    place_of_config = Path(plan.name, plan.dataset.name, job.identity())
+    folder = root / place_of_config
+    if track is not None:
+        watcher = TensorBoard(watcher, root / TRACKED / place_of_config, plan.config.as_dict())
     wanted = [folder / str(seed) for seed in seeds]
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
@@ -222,7 +231,7 @@ def run(
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
                 if isinstance(error, InputError) and not done and not history:
                     raise
-                reason = _reason(error)
+                reason = reason_of(error)
                 if not isinstance(error, Busy):
                     _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
                 watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
@@ -231,6 +240,7 @@ def run(
         with suppress(OSError):
             log.unlink()
         saved = load_run(target)
+        watcher.finished(seed, saved)
         if saved.best_epoch is not None and saved.best_epoch == plan.config.model.epochs:
             best = f"its best epoch, {saved.best_epoch}, is the last one allowed: more epochs may do better"
             watcher.note(f"{plan.name}, seed {seed}: {best}")
@@ -258,7 +268,8 @@ def failure_log(folder: Path, seed: int | None) -> Path:
     return folder / f"{seed}{FAILED_LOG}"
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return why a training failed, as one line."""
     if isinstance(error, SystemExit):
         return f"the model left Python with sys.exit({error.code!r})"
     return str(error) if isinstance(error, BenchmarkError) else one_line(error)
@@ -357,14 +368,7 @@ def _train_seed(
     started, plan = datetime.now(timezone.utc), job.plan
     with isolated(seed, device, job.precision, deterministic=way.deterministic):
         splits = {name: job.split(name, device) for name in job.file.splits}
-        # Copies: model and hooks may do with them what they like.
-        model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
-        copies = {task: values.clone() for task, values in splits["train"].labels.items()}
-        labels = TrainingData(copies, replace(job.info))
-        hooks: dict[str, TrainingHook] = {
-            hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
-            for hook in plan.hooks
-        }
+        model, hooks = build(job, splits["train"], device)
         set_precision(model, job.precision)
         before = text_sums(model)
         watcher.start(seed, number, plan.config.model)
@@ -424,6 +428,20 @@ def _train_seed(
         log=[*job.notes, *map(str, outcome.history), *said],
     )
     return True
+
+
+def build(job: Job, train_split: Split, device: torch.device) -> tuple[nn.Module, dict[str, TrainingHook]]:
+    """Return a job's model and hooks, ready for `train`."""
+    plan = job.plan
+    # Copies: model and hooks may do with them what they like.
+    model = plan.spec.build(plan.config.model, replace(job.info)).to(device)
+    copies = {task: values.clone() for task, values in train_split.labels.items()}
+    labels = TrainingData(copies, replace(job.info))
+    hooks: dict[str, TrainingHook] = {
+        hook.name: hook.build(plan.config.hooks[hook.name], labels, model.feature_dims).to(device)
+        for hook in plan.hooks
+    }
+    return model, hooks
 
 
 def evaluate(model: nn.Module, job: Job, split: Split) -> tuple[dict[str, float], pd.DataFrame]:

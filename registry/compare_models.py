@@ -22,6 +22,7 @@ from .errors import BenchmarkError, InputError, unknown
 from .jobs import make_plan
 from .parallel import at_once, in_turn
 from .plugins import Plugins
+from .tracking import require_tracker
 from .training import Epoch, Watcher
 
 ALL = "all"
@@ -48,6 +49,7 @@ def compare(
     runs: str | Path = "runs",
     plugins: Sequence[str] = (),
     metrics: Sequence[str] = (),
+    track: str | None = None,
     watcher: Watcher | None = None,
     jobs: int = 1,
     before: Callable[[str, int, int], None] | None = None,
@@ -59,8 +61,8 @@ def compare(
             `"all"` stands for every registered model that is not named.
         dataset: as for `registry.run`.
         also_with: hooks to add to each model, one row each, where the model allows it.
-        data, data_root, features, text_encoder, label_range, device, precision, graph, deterministic, runs, plugins: as
-            for `registry.run`.
+        data, data_root, features, text_encoder, label_range, device, precision, graph, deterministic, runs, plugins,
+            track: as for `registry.run`.
         seeds: one run each, for every model.
         preset: for the models that have it.
         config: keys that override the preset, for the models that have them.
@@ -98,6 +100,8 @@ def compare(
     plans = {name: plan for name in rows if (plan := _plan(name, found, preset, shared, optional))}
     _check_used(shared, preset, plans, watcher)
     checked_seeds(seeds)
+    if track is not None:
+        require_tracker(track)
     checked_precision(precision, find_device(device))
     checked_paths(features)
     for name, plan in list(plans.items()):  # all that can be told before anything is trained
@@ -133,6 +137,7 @@ def compare(
         "deterministic": deterministic,
         "runs": runs,
         "plugins": plugins,
+        "track": track,
     }
     made: dict[str, Row] = {}
     reasons: dict[str, str] = {}

@@ -123,10 +123,33 @@ def keys_of(spec: ModelSpec, hooks: Sequence[HookSpec]) -> list[str]:
 
 def accepts(spec: ModelSpec, hooks: Sequence[HookSpec], key: str) -> bool:
     """Whether a model with these hooks has a key, in any of its spellings."""
+    return find_key(spec, hooks, key) is not None
+
+
+def find_key(spec: ModelSpec, hooks: Sequence[HookSpec], key: str) -> tuple[str, FieldInfo] | None:
+    """Return a key, `KEY.ENTRY` of a table included, under its field's name, with that field; None if there is none."""
     hook_fields = {name: info for hook in hooks for name, info in hook.config.model_fields.items()}
     fields = {"": config_class(spec).model_fields, HOOK: hook_fields}
-    parts = (_canonical(key, fields) or "").split(".")
-    return ".".join(parts[: 2 if key.startswith(HOOK) else 1]) in keys_of(spec, hooks)
+    found = _canonical(key, fields) or ""
+    prefix = HOOK if key.startswith(HOOK) else ""
+    name = found.removeprefix(prefix).partition(".")[0]
+    return (found, fields[prefix][name]) if prefix + name in keys_of(spec, hooks) else None
+
+
+def require_key(spec: ModelSpec, hooks: Sequence[HookSpec], key: str) -> tuple[str, FieldInfo]:
+    """Return what `find_key` does; raises InputError where there is no such key."""
+    found = find_key(spec, hooks, key)
+    if found is None:
+        said = unknown("key", key, keys_of(spec, hooks)).partition(" (available")[0]
+        raise InputError(f"{said} (see `benchmark describe {spec.name}`)")
+    return found
+
+
+def kinds_of(info: FieldInfo) -> tuple[Any, ...]:
+    """Return the types that a key's value may have; of a table, those of its entries."""
+    kinds = _members(info.annotation)
+    tables = [typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict]
+    return tuple(kind for table in tables for kind in _members(table)) or kinds
 
 
 def _example(spec: ModelSpec, layers: Sequence[Mapping[str, Any]] = ()) -> Config | None:
@@ -221,28 +244,7 @@ def _preset(spec: ModelSpec, dataset: DatasetSpec, wanted: str | None) -> tuple[
 
 def _read_file(path: Path, spec: ModelSpec) -> tuple[Mapping[str, Any], str | None]:
     """Return the keys in a file and, from a run's own `config.json`, its preset."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    readers = {".json": partial(json.loads, object_pairs_hook=_once), ".toml": tomllib.loads}
-    if path.suffix not in readers:
-        raise InputError(f"config file {path} must end in .json or .toml")
-    try:
-        with open(path, "rb") as file:
-            written = file.read(_LARGEST + 1)
-        text = written.decode("utf-8-sig")
-        if len(written) > _LARGEST:
-            raise ValueError("it is larger than any config")
-        if path.suffix == ".toml" and max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
-            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
-        content = readers[path.suffix](text)
-    except OSError as error:
-        raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"config file {path} is not {path.suffix[1:].upper()}: {str(error)[:200]}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"config file {path} must hold a table of keys, got a {type(content).__name__}")
+    content = read_table(path, "config")
     if isinstance(content.get("config"), dict):  # a run's own
         preset, of = content.get("preset"), str(content.get("model", spec.name))
         if of.partition("+")[0] != spec.name:
@@ -264,6 +266,33 @@ def _keys_in(table: Mapping[str, Any]) -> int:
         keys += len(table)
         tables += [value for value in table.values() if isinstance(value, dict)]
     return keys
+
+
+def read_table(path: Path, what: str) -> dict[str, Any]:
+    """Return the table in a JSON or TOML file; raises InputError, which calls it a `what` file."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    readers = {".json": partial(json.loads, object_pairs_hook=_once), ".toml": tomllib.loads}
+    if path.suffix not in readers:
+        raise InputError(f"{what} file {path} must end in .json or .toml")
+    try:
+        with open(path, "rb") as file:
+            written = file.read(_LARGEST + 1)
+        text = written.decode("utf-8-sig")
+        if len(written) > _LARGEST:
+            raise ValueError("it is larger than any config")
+        if path.suffix == ".toml" and max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
+        content = readers[path.suffix](text)
+    except OSError as error:
+        raise InputError(f"{what} file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} file {path} is not {path.suffix[1:].upper()}: {str(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{what} file {path} must hold a table of keys, got a {type(content).__name__}")
+    return content
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -336,7 +365,7 @@ def _for_field(info: FieldInfo, value: Any) -> Any:
         if isinstance(value, str):
             parts = [part.strip() for part in value.split(",") if part.strip()]
             of_numbers = any({int, float} & {*typing.get_args(kind)} for kind in wanted)
-            return tuple(map(_read_value, parts) if of_numbers else parts)
+            return tuple(map(read_value, parts) if of_numbers else parts)
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
         value = value.item()
@@ -385,11 +414,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--set takes KEY=VALUE, got {setting!r}")
         if key in values:
             raise InputError(f"--set {key} is given twice")
-        values[key] = _read_value(text)
+        values[key] = read_value(text)
     return values
 
 
-def _read_value(text: str) -> Any:
+def read_value(text: str) -> Any:
     """Return what a setting's text says."""
     words = {"true": True, "false": False, "none": None, "null": None}
     try:

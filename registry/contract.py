@@ -259,6 +259,26 @@ Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """`{preset: {dataset: {config key: value}}}`; the first preset is the default."""
 
 
+@pydantic_dataclass(frozen=True, config=_CHECKED)
+class Range:
+    """The numbers from `low` to `high`, both included, that a config key is searched over; `log` of their logarithm."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"a range goes from low to high, got {self.low} to {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a range with log must be of positive numbers, got {self.low} to {self.high}")
+
+
+Space = Mapping[str, Range | tuple[Any, ...]]
+"""What `benchmark tune` searches, by config key (of a table `KEY.ENTRY`, of a hook `hook.KEY`): a `Range`, in JSON
+`{"low": 1e-4, "high": 1e-2, "log": true}`, or the values that may be chosen."""
+
+
 @pydantic_dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class ModelSpec:
     """A model as the registry sees it.
@@ -278,6 +298,7 @@ class ModelSpec:
             whose results depend on it), or tasks such as `"T"`.
         per_sample: no batch statistics and no clipping inside a group: a group may run as one forward.
         tuned_for: the text encoder that the presets were published for, as `"BERT-base, frozen"`.
+        search: what `benchmark tune` searches where the user names nothing else.
         import_checkpoint: `import_checkpoint(state)` translates a foreign state dict into a dict of `"config"` (keys
             read off its shapes), `"dims"` (feature widths), `"model"` and `"hooks"` (state dicts, hooks by name).
         version: part of a run's identity; raise it when the same config starts to mean another model.
@@ -294,6 +315,7 @@ class ModelSpec:
     needs: SkipValidation[tuple[str, ...] | Callable[[Any], tuple[str, ...]]] = ()
     per_sample: bool = False
     tuned_for: str = ""
+    search: Space = field(default_factory=dict)
     import_checkpoint: Callable[..., Any] | None = None
     citation: str = ""
     url: str = ""

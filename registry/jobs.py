@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,19 @@ class Plan:
     def metrics(self) -> Literal["mosi", "sims"]:
         """The family of metrics: the dataset's, or by the range of its labels."""
         return self.dataset.metrics or ("sims" if self.label_range <= 1 else "mosi")
+
+    def having(self, values: Mapping[str, Any]) -> Plan:
+        """Return the plan with other values of some keys; raises InputError where the configuration has faults."""
+        with blaming(f"the configuration of model {self.spec.name!r}"):
+            config = resolve(
+                self.spec,
+                self.hooks,
+                self.dataset,
+                preset=self.config.preset,
+                overrides={**self.config.as_dict(), **values},
+                defaults=_defaults_of(self.dataset),
+            )
+        return replace(self, config=config)
 
     def find_encoder(self, name: str | None) -> TextEncoder | None:
         """Return the text encoder by name, or the dataset's own; None for a model that reads no text."""
@@ -301,7 +314,7 @@ def make_plan(
             preset=preset,
             file=None if config_file is None else Path(os.path.expanduser(config_file)),
             overrides=config,
-            defaults={"epochs": dataset_spec.epochs} if dataset_spec.epochs else None,
+            defaults=_defaults_of(dataset_spec),
         )
     limit = dataset_spec.label_range if label_range is None else label_range
     if limit is None and (data is None or not os.path.lexists(os.path.expanduser(data))):
@@ -319,6 +332,10 @@ def make_plan(
         sources[key] = entry.source_sha256
         versions[key] = part.version if entry.is_packaged else f"{part.version}+{entry.source_sha256}"
     return Plan(name, spec, hook_specs, dataset_spec, resolved, float(limit), versions, sources)
+
+
+def _defaults_of(dataset: DatasetSpec) -> dict[str, Any] | None:
+    return {"epochs": dataset.epochs} if dataset.epochs else None
 
 
 def _of_one_length(tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

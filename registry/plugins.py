@@ -205,7 +205,19 @@ def _resolve(kind: str, entry: Entry) -> Any:
         raise InputError(f"{kind} {spec.name!r} of {entry.origin}: a name is made of letters, digits, '.', '_' and '-'")
     if spec.name != entry.name:
         raise InputError(f"{kind} {entry.name!r} of {entry.origin} calls itself {spec.name!r}; the names must be equal")
+    if strange := _strange_keys(spec):
+        raise InputError(f"{kind} {entry.name!r} of {entry.origin}: search has {strange[0]!r}, which is no config key")
     return spec
+
+
+def _strange_keys(spec: Any) -> list[str]:
+    """Return what is to be searched of a model, and is no config key of it; those of hooks are not known here."""
+    from .contract import ModelSpec, Training
+
+    if not isinstance(spec, ModelSpec):
+        return []
+    known = {*spec.config.model_fields, *Training.model_fields, "hook"}
+    return [key for key in spec.search if key.split(".")[0] not in known]
 
 
 def _spec_of(value: Any) -> Any:

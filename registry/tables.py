@@ -10,6 +10,7 @@ import pandas as pd
 from .config import as_typed, describe
 from .contract import HookSpec, ModelSpec
 from .runs import load_run
+from .search_space import Dimension
 
 if TYPE_CHECKING:
     from .benchmark import Result
@@ -60,7 +61,7 @@ def artifact_tables(result: Result, most_rows: int) -> dict[str, Rows]:
 
 
 def config_tables(spec: ModelSpec, hooks: Sequence[HookSpec]) -> dict[str, Rows]:
-    """Return, by title, every config key with type, default and meaning, and each preset's values by dataset."""
+    """Return, by title, every config key with type, default and meaning, each preset's values, and the search space."""
     rows = describe(spec, hooks)
     tables = {
         "config keys": [
@@ -73,4 +74,7 @@ def config_tables(spec: ModelSpec, hooks: Sequence[HookSpec]) -> dict[str, Rows]
             for row in rows
             if row.presets.get(preset)
         ]
+    if spec.search:
+        space = [Dimension(key, values) for key, values in spec.search.items()]
+        tables["what benchmark tune searches"] = [{"key": of.key, "values": str(of)} for of in space]
     return tables

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .data.text_model import TextModel
 from .errors import RunFailed
 from .graphs import Recorder, changed
 from .unfinished import Parts, Unfinished, unkept_state
+
+if TYPE_CHECKING:
+    from .runs import Run
 
 BETTER_BY = 1e-6
 """A validation MAE must fall by this much to count as better (upstream's threshold)."""
@@ -68,6 +71,9 @@ class Watcher:
 
     def epoch(self, record: Epoch) -> None:
         """An epoch is trained and validated."""
+
+    def finished(self, seed: int, run: Run) -> None:
+        """A seed has its result, now or from an earlier call."""
 
     def beside(self, name: str) -> Watcher:
         """Return what is told of one of several models that are trained at once, in another thread."""

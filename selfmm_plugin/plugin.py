@@ -22,7 +22,7 @@ CITATION = (
 URL = "https://arxiv.org/abs/2102.04830"
 
 
-def _preset(name: str) -> dict[str, dict[str, Any]]:
+def _preset(name: str) -> dict[str, Any]:
     return json.loads((files("selfmm_plugin") / "presets" / f"{name}.json").read_text("utf-8"))
 
 
@@ -44,6 +44,7 @@ SELF_MM = ModelSpec(
     needs=lambda config: config.modalities,
     per_sample=True,
     tuned_for="BERT-base, fine-tuned",
+    search=_preset("search")["search"],
     import_checkpoint=_import_checkpoint,
     citation=CITATION,
     url=URL,

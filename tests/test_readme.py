@@ -107,15 +107,16 @@ def test_the_python_example(monkeypatch, capsys, encoder, empty_folder):
 def test_every_option_and_command_of_the_readme_exists(monkeypatch, capsys):
     helps = {}
     single = ("run", "compare", "table", "report", "list", "describe", "check", "labels", "import-checkpoint")
-    for command in (*single, "predict", "missing", "push", "pull"):
+    for command in (*single, "predict", "missing", "push", "pull", "tune", "doctor"):
         monkeypatch.setenv("COLUMNS", "200")
         helps[command] = benchmark(monkeypatch, capsys, f"benchmark {command} --help")
     subcommands = {"add", "list", "remove", "get", "check", "from-csd"}
     assert set(re.findall(r"benchmark data ([a-z-]+)", README)) <= subcommands
     helps["data"] = "".join(benchmark(monkeypatch, capsys, f"benchmark data {name} --help") for name in subcommands)
-    named = set(re.findall(r"benchmark ([a-z-]+)", README)) - {"run"}
+    helps[""] = benchmark(monkeypatch, capsys, "benchmark --help")
+    named = set(re.findall(r"benchmark ([a-z][a-z-]*)", README)) - {"run"}
     assert named <= helps.keys()
-    for line in re.findall(r"benchmark (?:[a-z-]+)[^`\n]*", README):
+    for line in re.findall(r"benchmark (?:[a-z][a-z-]*)[^`\n]*", README):
         command = line.split()[1]
         for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line):
             assert option in helps[command], line

@@ -10,10 +10,23 @@ import warnings
 from types import FrameType
 
 from ..errors import BenchmarkError
-from . import compare, data, from_csd, hub, labels, predict, registered, report, run, screen
+from . import compare, data, doctor, from_csd, hub, labels, predict, registered, report, run, screen, tune
 from .common import app
 
-__all__ = ["compare", "data", "from_csd", "hub", "labels", "main", "predict", "registered", "report", "run"]
+__all__ = [
+    "compare",
+    "data",
+    "doctor",
+    "from_csd",
+    "hub",
+    "labels",
+    "main",
+    "predict",
+    "registered",
+    "report",
+    "run",
+    "tune",
+]
 
 
 def main() -> None:

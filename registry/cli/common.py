@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..errors import InputError
-from . import screen
+from . import completion, screen
 
 app = typer.Typer(
     help="Train and test models of multimodal sentiment analysis under one protocol.",
@@ -21,7 +23,25 @@ app = typer.Typer(
 Plugin = Annotated[
     list[str], typer.Option("--plugin", help="FILE.py or module of a plugin that is not packaged; repeatable.")
 ]
-Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A dataset; see `benchmark list datasets`.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A model, or MODEL+HOOK; see `benchmark list models`.",
+        autocompletion=completion.model,
+    ),
+]
+Hooks = Annotated[
+    list[str],
+    typer.Option("--hook", help="A training hook to add; repeatable.", autocompletion=completion.hooks),
+]
+Dataset = Annotated[
+    str,
+    typer.Option(
+        "--dataset", "-d", help="A dataset; see `benchmark list datasets`.", autocompletion=completion.dataset
+    ),
+]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -47,6 +67,7 @@ Graph = Annotated[bool, typer.Option("--graph/--no-graph", help="Record steps on
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The same to the last bit each time, on a GPU too; slower there.")
 ]
+Track = Annotated[str | None, typer.Option(help="tensorboard: also write event files, while it trains.")]
 RunsFolder = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
@@ -74,6 +95,15 @@ def _common(
 def interrupted() -> typer.Exit:
     screen.err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
     return typer.Exit(130)
+
+
+def say_where_tracked(track: str | None, runs: Path) -> None:
+    """Say how to look on, where tracking was asked for."""
+    if track is not None:
+        from ..tracking import FOLDER, require_tracker
+
+        require_tracker(track)
+        screen.tell(f"to look on: {escape(shlex.join(['tensorboard', '--logdir', str(runs / FOLDER)]))}")
 
 
 def overrides_of(settings: Sequence[str], epochs: int | None) -> dict[str, Any]:

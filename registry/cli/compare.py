@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError
-from . import screen
+from . import completion, screen
 from .common import (
     AudioFeatures,
     Data,
@@ -32,12 +32,14 @@ from .common import (
     RunsFolder,
     Seeds,
     TextFeatures,
+    Track,
     VisionFeatures,
     app,
     features_of,
     interrupted,
     names_of,
     overrides_of,
+    say_where_tracked,
     seeds_of,
 )
 
@@ -69,10 +71,16 @@ def compare(
             "-m",
             help="Names with commas between, each NAME, NAME+HOOK, or NAME:KEY=VALUE:… with settings of its own; "
             "all is every model. The others are compared with the first.",
+            autocompletion=completion.models,
         ),
     ],
     also_with: Annotated[
-        list[str], typer.Option("--with", help="Hooks to add to each model that takes them, as heads,ulgm.")
+        list[str],
+        typer.Option(
+            "--with",
+            help="Hooks to add to each model that takes them, as heads,ulgm.",
+            autocompletion=completion.hooks,
+        ),
     ] = [],
     dataset: Dataset = "demo",
     data: Data = None,
@@ -96,6 +104,7 @@ def compare(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Models to train at once, in processes that share the cores.")
     ] = 1,
+    track: Track = None,
     metrics: Metrics = None,
     published: Published = False,
     form: Format = None,
@@ -110,6 +119,7 @@ def compare(
     form = _checked_format(form, target)
     results = _published_results(plugin) if published else None
     overrides = overrides_of(settings, epochs)
+    say_where_tracked(track, runs)
     try:
         with make_watcher(screen.err) as watcher, redirect_stdout(sys.stderr):
             comparison = compare_models(
@@ -131,6 +141,7 @@ def compare(
                 runs=runs,
                 plugins=plugin,
                 metrics=names_of(metrics),
+                track=track,
                 watcher=watcher,
                 jobs=jobs,
                 before=lambda name, number, of: watcher.note(f"model {number} of {of}: {name}"),

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import BenchmarkError, InputError
-from . import screen
+from . import completion, screen
 from .common import AsJson, Debug, Plugin, app
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _row(entry: Entry, **more: str) -> dict[str, str]:
 
 @app.command()
 def describe(
-    model: Annotated[str, typer.Argument(help="A model, or MODEL+HOOK.")],
+    model: Annotated[str, typer.Argument(help="A model, or MODEL+HOOK.", autocompletion=completion.model)],
     plugin: Plugin = [],
     debug: Debug = False,
 ) -> None:
@@ -86,7 +86,9 @@ def describe(
 
 @app.command()
 def check(
-    target: Annotated[str, typer.Argument(help="A registered model, or the FILE.py of one.")],
+    target: Annotated[
+        str, typer.Argument(help="A registered model, or the FILE.py of one.", autocompletion=completion.model)
+    ],
     debug: Debug = False,
 ) -> None:
     """Check a model against the contract, for plugin authors."""

@@ -23,17 +23,21 @@ from .common import (
     Encoder,
     Epochs,
     Graph,
+    Hooks,
     LabelRange,
+    Model,
     Plugin,
     Precision,
     RunsFolder,
     Seeds,
     TextFeatures,
+    Track,
     VisionFeatures,
     app,
     features_of,
     interrupted,
     overrides_of,
+    say_where_tracked,
     seeds_of,
 )
 
@@ -46,7 +50,7 @@ SMALL_TABLE = 10
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Option("--model", "-m", help="A model, or MODEL+HOOK; see `benchmark list models`.")],
+    model: Model,
     dataset: Dataset = "demo",
     data: Data = None,
     data_root: DataRoot = None,
@@ -60,7 +64,7 @@ def run(
     settings: Annotated[
         list[str], typer.Option("--set", help="KEY=VALUE; see `benchmark describe MODEL`; repeatable.")
     ] = [],
-    hook: Annotated[list[str], typer.Option("--hook", help="A training hook to add; repeatable.")] = [],
+    hook: Hooks = [],
     epochs: Epochs = None,
     label_range: LabelRange = None,
     device: Device = "auto",
@@ -70,6 +74,7 @@ def run(
     runs: RunsFolder = Path("runs"),
     plugin: Plugin = [],
     force: Annotated[bool, typer.Option("--force", help="Train again where a finished run exists.")] = False,
+    track: Track = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -80,6 +85,7 @@ def run(
     from ..benchmark import run as run_model
     from ..progress import make_watcher
 
+    say_where_tracked(track, runs)
     try:
         # What a plugin prints is not a result.
         with make_watcher(screen.err) as watcher, redirect_stdout(sys.stderr):
@@ -103,6 +109,7 @@ def run(
                 runs=runs,
                 plugins=plugin,
                 force=force,
+                track=track,
                 watcher=watcher,
             )
     except KeyboardInterrupt:
