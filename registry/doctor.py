@@ -221,10 +221,19 @@ def _folders(root: Path) -> Iterator[Finding]:
             yield Finding(section, "cache of feature files", f"{cache}, {_size(cache)}; it may be deleted at any time")
     else:
         yield Finding(section, "runs", f"{root}, which is not there yet, {free}")
-    if given := os.environ.get("MMSA_DATA"):
-        place = Path(os.path.expanduser(given))
-        advice = "" if place.is_dir() else "set MMSA_DATA to the folder of your feature files"
-        yield Finding(section, "$MMSA_DATA", given if not advice else f"{given}: there is no such folder", advice)
+    from .data.store import Store
+
+    store = Store()
+    files = store.files()
+    value = f"{store.root}, {len(files)} files of {', '.join(sorted({file.dataset for file in files}))}"
+    advice = "`benchmark data get NAME` says where a dataset's files are, `benchmark data add` registers them"
+    broken = [file.fault for file in files if file.fault]
+    yield Finding(
+        section,
+        "registered data",
+        value if files else f"{store.root}, nothing",
+        "; ".join(broken) if broken else "" if files else advice,
+    )
 
 
 def _size(folder: Path) -> str:

@@ -114,6 +114,7 @@ def evaluate_missing(
     kind: Literal["steps", "modality"] = "steps",
     modalities: Sequence[str] = (),
     metrics: Sequence[str] = (),
+    data_root: str | Path | None = None,
     text_encoder: str | None = None,
     device: str = "auto",
     plugins: Sequence[str] = (),
@@ -127,7 +128,8 @@ def evaluate_missing(
 
     Args:
         folder: of one seed, or of a configuration's seeds.
-        data: the feature file; None for a dataset that makes its own data.
+        data: the feature file, or the name of a registered one; None for the runs' own data, which their dataset makes
+            or which is registered.
         rates: of what is missing, 0…1.
         seeds: of masks, each drawn once for all rates.
         kind: `"steps"`: each word becomes the unknown token, each step of audio and vision zeros (the train mean in a
@@ -135,7 +137,7 @@ def evaluate_missing(
             keeps one.
         modalities: what can be missing; all that the model reads by default.
         metrics: the ones that are wanted; all by default.
-        text_encoder, device, plugins, watcher: as for `registry.predict`.
+        data_root, text_encoder, device, plugins, watcher: as for `registry.predict`.
         before: is told of each rate before its turn.
 
     Raises:
@@ -152,7 +154,7 @@ def evaluate_missing(
     settings = first.run.settings
     family = settings["data"]["metrics"]
     wanted = _checked_metrics(metrics, family)
-    clips = first.read(data)
+    clips = first.read(data, data_root)
     part = _test_of(clips, first)
     if clips.file.sha256 != settings["data"]["sha256"]:
         watcher.note(f"{clips.file.name} is not the file that {first.name} was trained and tested on")

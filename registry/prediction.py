@@ -22,6 +22,7 @@ from .contract import MODALITIES
 from .data.absence import silenced
 from .data.batches import Split, arrays_of, output_on
 from .data.feature_file import CLIPS, FeatureFile, SplitArrays, read_clips
+from .data.store import Registered, Store
 from .data.text import TextEncoder, find_text_encoder, tokenise, with_frozen_text
 from .errors import InputError, RunFailed, unknown
 from .isolation import isolated
@@ -103,11 +104,13 @@ class Predictor:
             self.watcher.note(f"{differs}: only its vocabulary is used")
         return found
 
-    def read(self, features: Features) -> Clips:
+    def read(self, features: Features, data_root: str | Path | None = None) -> Clips:
         """Read clips and check that they fit the model; text is tokenised with the run's encoder.
 
         Args:
-            features: a feature file, its content, or None for a dataset that makes its own data.
+            features: a feature file, the name of a registered one, its content, or None for the run's own data, which
+                its dataset makes or which is registered.
+            data_root: the folder of registered files.
 
         Raises:
             InputError: the file has faults, lacks what the model needs, or has features of other widths.
@@ -116,10 +119,10 @@ class Predictor:
             file = read_clips(features, label_range=self.plan.label_range)
         elif features is None and self.plan.dataset.generate:
             file = self.plan.dataset.generate()
-        elif features is None:
-            raise InputError(f"{self.name} needs a feature file: its dataset {self.plan.dataset.name!r} makes no data")
+        elif features is not None and os.path.lexists(path := os.path.expanduser(features)):
+            file = read_clips(Path(path), label_range=self.plan.label_range)
         else:
-            file = read_clips(Path(os.path.expanduser(features)), label_range=self.plan.label_range)
+            file = self._registered(features, data_root).read(label_range=self.plan.label_range)
         file = silenced(file, self.plan.config.model.without, self.run.info.dims)
         self._check(file)
         notes, tokens = list(file.notes), None
@@ -133,6 +136,16 @@ class Predictor:
         for note in notes:
             self.watcher.note(note)
         return self._fit(file, tokens)
+
+    def _registered(self, name: str | Path | None, data_root: str | Path | None) -> Registered:
+        """Return the registered file of a name or, without one, that which the run was trained on."""
+        store, dataset = Store(data_root), self.plan.dataset.name
+        if name is not None:
+            return store.find(dataset, str(name))
+        found = store.same(dataset, self.run.settings["data"]["sha256"])
+        if found is None:
+            raise InputError(f"{self.name} needs a feature file: that which it was trained on is not registered")
+        return found
 
     def _check(self, file: FeatureFile) -> None:
         needs, arrays, faults = self.plan.needs, next(iter(file.splits.values())), []
@@ -252,6 +265,7 @@ def predict(
     features: Features = None,
     *,
     split: str | None = None,
+    data_root: str | Path | None = None,
     text_encoder: str | None = None,
     device: str = "auto",
     plugins: Sequence[str] = (),
@@ -262,8 +276,10 @@ def predict(
     Args:
         run: a run, or the folder of one seed.
         features: a feature file with any of the splits, or with the clips of none; its content as a dict, such as
-            MMSA-FET returns; None for a run on a dataset that makes its own data. Labels may be missing.
+            MMSA-FET returns; the name of a registered file; None for the run's own data, which its dataset makes or
+            which is registered. Labels may be missing.
         split: the only one that is wanted.
+        data_root: the folder of registered files.
         text_encoder: where the run's text encoder lies now, if its name does not say.
         device: `"cpu"`, `"cuda"` or `"auto"`.
         plugins: files or modules of models that are not packaged.
@@ -274,7 +290,7 @@ def predict(
     """
     found = run if isinstance(run, Run) else load_run(run, plugins=plugins)
     predictor = Predictor(found, text_encoder=text_encoder, device=device, watcher=watcher)
-    return predictor.table(predictor.read(features), split)
+    return predictor.table(predictor.read(features, data_root), split)
 
 
 def find_run(folder: str | Path, *, plugins: Sequence[str] = ()) -> Run:

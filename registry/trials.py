@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ class Desk:
     """What all trials share: the plan, and its data, read once for each set of needs that configurations have."""
 
     plan: Plan
-    data: str | Path | None
+    data: Mapping[str, Any]
+    """what `Plan.read` is told of it"""
     text_encoder: str | None
     device: torch.device
     precision: str | None
@@ -59,7 +60,12 @@ class Desk:
             precision = checked_precision(self.precision, self.device, trains_text="text" in plan.needs)
             watcher = _Silent() if self._read else self.watcher  # its notes on the data have been said
             job = plan.read(
-                self.data, self.text_encoder, watcher, device=self.device, cache=self.cache, precision=precision
+                **self.data,
+                text_encoder=self.text_encoder,
+                watcher=watcher,
+                device=self.device,
+                cache=self.cache,
+                precision=precision,
             )
             assert job.file is not None
             kept = replace(job.file, splits={name: job.file.splits[name] for name in SPLITS})

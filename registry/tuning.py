@@ -122,6 +122,8 @@ def tune(
     search: Mapping[str, Any] | None = None,
     search_file: str | Path | None = None,
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
+    features: Mapping[str, str | Path] | None = None,
     text_encoder: str | None = None,
     seeds: Sequence[int] = (1111,),
     preset: str | None = None,
@@ -149,7 +151,8 @@ def tune(
     search goes on; one that is interrupted is tried again.
 
     Args:
-        model, dataset, data, text_encoder, preset, config_file, hooks, label_range: as for `registry.run`.
+        model, dataset, data, data_root, features, text_encoder, preset, config_file, hooks, label_range: as for
+            `registry.run`.
         trials: how many there are to be in the end, those of earlier calls included.
         search: what is searched, by config key: a `registry.Range`, its fields in a dict, or a list of values; added to
             the model's own `ModelSpec.search`, key by key.
@@ -194,18 +197,22 @@ def tune(
         hooks=hooks,
         label_range=label_range,
         plugins=plugins,
+        data=data,
+        data_root=data_root,
     )
     space = make_space(plan, search, file=search_file, fixed=config)
     if sampler == "grid":
         _check_grid(space)
     root = Path(os.path.expanduser(runs))
-    desk = Desk(plan, data, text_encoder, find_device(device), precision, root / ".cache", graph, watcher)
+    given = {"data": data, "data_root": data_root, "features": features}
+    desk = Desk(plan, given, text_encoder, find_device(device), precision, root / ".cache", graph, watcher)
     facts = _facts(desk.job(plan), seeds, space)
     name = study or f"{plan.name.replace('+', '-')}-{plan.dataset.name}-{identity(facts)[:8]}"
     folder = root / "tune" / name
     picture = folder / "study.png" if figure is None else Path(os.path.expanduser(figure))
     _check_figure(picture)
     require_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     storage = storage or f"sqlite:///{(folder / 'study.db').absolute()}"
     with quiet(), blaming_storage(storage):
         made = open_study(name, storage, facts)

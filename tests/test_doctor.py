@@ -87,7 +87,8 @@ def test_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("MMSA_DATA", str(tmp_path / "nowhere"))
     seen = found("folders", runs=tmp_path / "runs")
     assert "3 MB" in seen["cache of feature files"].value
-    assert seen["$MMSA_DATA"].advice
+    assert seen["registered data"].value == f"{tmp_path / 'nowhere'}, nothing"
+    assert "benchmark data add" in seen["registered data"].advice
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)
     assert found("folders", runs=tmp_path / "runs")["runs"].is_broken
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ..errors import InputError
 from . import screen
-from .common import Data, Debug, Device, Metrics, OutFile, Plugin, app, names_of, seeds_of
+from .common import Data, DataRoot, Debug, Device, Metrics, OutFile, Plugin, app, names_of, seeds_of
 
 ROWS = 20
 """Predictions that are printed; a file has them all."""
@@ -28,10 +28,14 @@ def predict(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of one seed.")],
     features: Annotated[
         Path | None,
-        typer.Argument(help="Feature file, with or without labels and splits; a run on demo needs none."),
+        typer.Argument(
+            help="Feature file, with or without labels and splits, or the name of a registered one; the run's own data "
+            "by default, if it is registered or the dataset makes it."
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="train, valid or test; all that are there by default.")] = None,
     target: OutFile = None,
+    data_root: DataRoot = None,
     text_encoder: TextEncoder = None,
     device: Device = "auto",
     plugin: Plugin = [],
@@ -46,7 +50,15 @@ def predict(
         require_format(target)
     with make_watcher(screen.err) as watcher, redirect_stdout(sys.stderr):
         run = find_run(folder, plugins=plugin)
-        table = predict_clips(run, features, split=split, text_encoder=text_encoder, device=device, watcher=watcher)
+        table = predict_clips(
+            run,
+            features,
+            split=split,
+            data_root=data_root,
+            text_encoder=text_encoder,
+            device=device,
+            watcher=watcher,
+        )
     metrics = metrics_of(run, table)
     if target is not None:
         write_predictions(run, table, target)
@@ -79,6 +91,7 @@ def _figure(value: float) -> str:
 def missing(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a seed, or of a configuration's seeds.")],
     data: Data = None,
+    data_root: DataRoot = None,
     rates: Annotated[str, typer.Option(help="Rates of what is missing, from 0 to 1, with commas between.")] = DEFAULT,
     seeds: Annotated[list[str], typer.Option("--seeds", "-s", help="Seeds of what is missing: 1-3 or 1,2.")] = ["1-3"],
     kind: Annotated[
@@ -109,6 +122,7 @@ def missing(
             kind=kind,  # type: ignore[arg-type]  # checked there
             modalities=names_of(modalities),
             metrics=names_of(metrics),
+            data_root=data_root,
             text_encoder=text_encoder,
             device=device,
             plugins=plugin,

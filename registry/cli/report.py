@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from . import screen
-from .common import Debug, Metrics, Plugin, app
+from .common import DataRoot, Debug, Metrics, Plugin, app
 
 
 @app.command()
@@ -27,8 +27,12 @@ def report(
         bool, typer.Option("--published", help="Add what others have published of these models.")
     ] = False,
     data: Annotated[
-        Path | None, typer.Option(help="The feature file of the runs, for the clips' texts; demo needs none.")
+        Path | None,
+        typer.Option(
+            help="The feature file of the runs, for the clips' texts; demo needs none, nor do registered data."
+        ),
     ] = None,
+    data_root: DataRoot = None,
     figures: Annotated[Path | None, typer.Option(help="Folder that gets each figure as a file, for a paper.")] = None,
     figure_format: Annotated[str, typer.Option(help="Of those files: pdf, png or svg.")] = "pdf",
     plugin: Plugin = [],
@@ -49,6 +53,7 @@ def report(
             metrics=[name.strip() for name in (metrics or "").split(",") if name.strip()],
             published=published,
             data=data,
+            data_root=data_root,
             figures=figures,
             figure_format=figure_format,
             plugins=plugin,

@@ -14,7 +14,9 @@ from rich.markup import escape
 from . import screen
 from .common import (
     AsJson,
+    AudioFeatures,
     Data,
+    DataRoot,
     Dataset,
     Debug,
     Device,
@@ -28,7 +30,10 @@ from .common import (
     Precision,
     RunsFolder,
     Seeds,
+    TextFeatures,
+    VisionFeatures,
     app,
+    features_of,
     overrides_of,
     seeds_of,
 )
@@ -44,6 +49,10 @@ def tune(
     model: Model,
     dataset: Dataset = "demo",
     data: Data = None,
+    data_root: DataRoot = None,
+    text_features: TextFeatures = None,
+    audio_features: AudioFeatures = None,
+    vision_features: VisionFeatures = None,
     text_encoder: Encoder = None,
     trials: Annotated[int, typer.Option("--trials", "-n", help="How many there are to be in the end.")] = 50,
     search: Annotated[
@@ -100,6 +109,8 @@ def tune(
                 search=parse_search(search_settings),
                 search_file=search,
                 data=data,
+                data_root=data_root,
+                features=features_of(text_features, audio_features, vision_features),
                 text_encoder=text_encoder,
                 seeds=seed_numbers,
                 preset=preset,
@@ -131,6 +142,10 @@ def tune(
     options = {
         "--dataset": dataset,
         "--data": data,
+        "--data-root": data_root,
+        "--text-features": text_features,
+        "--audio-features": audio_features,
+        "--vision-features": vision_features,
         "--text-encoder": text_encoder,
         "--label-range": label_range,
         "--precision": precision,

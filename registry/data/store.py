@@ -159,6 +159,11 @@ class Store:
             )
         return fitting[0]
 
+    def same(self, dataset: str, sha256: str | None) -> Registered | None:
+        """Return the registered file of a dataset that has this content, None where there is none."""
+        files = (file for file in self.files(dataset) if file.fault is None)
+        return next((file for file in files if file.sha256 == sha256), None)
+
     def label_range(self, dataset: str, name: str | None = None) -> float | None:
         """Return the label range that a dataset's registered files have, or those of a name; None where they differ."""
         files = [file for file in self.files(dataset) if file.fault is None]

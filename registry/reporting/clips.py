@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..comparison import Comparison, Row
 from ..data.feature_file import FeatureFile, read_feature_file
+from ..data.store import Store
 from ..errors import InputError, blaming
 from ..labels import GeneratedLabels
 from ..plugins import Plugins
@@ -49,8 +50,15 @@ class Clips:
         return 2 if self.texts else 1
 
 
-def read_clips(comparison: Comparison, data: str | Path | None, plugins: Sequence[str] = ()) -> Clips:
+def read_clips(
+    comparison: Comparison,
+    data: str | Path | None,
+    plugins: Sequence[str] = (),
+    data_root: str | Path | None = None,
+) -> Clips:
     """Return the texts and unimodal labels of the clips, from the feature file or from a dataset that makes its own.
+
+    Without `data` it is the registered file that the runs were trained on, if there is one below `data_root`.
 
     Raises:
         InputError: the file cannot be read, is of other clips, or the dataset needs none.
@@ -61,9 +69,13 @@ def read_clips(comparison: Comparison, data: str | Path | None, plugins: Sequenc
         generate = Plugins(plugins).load("dataset", comparison.dataset).generate
     if generate and data is not None:
         raise InputError(f"dataset {comparison.dataset!r} makes its own data; leave out --data")
-    if data is not None:
-        place = Path(os.path.expanduser(data))
-        file = read_feature_file(place, label_range=run.settings["data"]["label_range"])
+    limit, store = run.settings["data"]["label_range"], Store(data_root)
+    if data is not None and os.path.lexists(place := Path(os.path.expanduser(data))):
+        file = read_feature_file(place, label_range=limit)
+    elif data is not None:
+        file = store.find(comparison.dataset, str(data)).read(label_range=limit)
+    elif same := store.same(comparison.dataset, run.settings["data"]["sha256"]):
+        file = same.read(label_range=limit)
     elif generate:
         with blaming(f"generate of dataset {comparison.dataset!r}"):
             file = generate()

@@ -35,6 +35,7 @@ def report(
     metrics: Sequence[str] = (),
     published: bool = False,
     data: str | Path | None = None,
+    data_root: str | Path | None = None,
     figures: str | Path | None = None,
     figure_format: str = "pdf",
     plugins: Sequence[str] = (),
@@ -49,7 +50,9 @@ def report(
         dataset: the one whose runs are meant, where there are several.
         metrics: those to show besides MAE; all in tables and MAE alone in the figure by default.
         published: whether results of others stand beside.
-        data: the feature file of the runs, for the clips' texts; a dataset that makes its own data needs none.
+        data: the feature file of the runs, for the clips' texts, or the name of a registered one; by default what the
+            dataset makes, or the registered file that the runs were trained on.
+        data_root: the folder of registered files.
         figures: a folder that gets each figure as a file.
         figure_format: `pdf`, `png` or `svg`.
         plugins: files or modules of hooks and datasets that are not packaged.
@@ -71,7 +74,7 @@ def report(
     if published and not results:
         warnings.warn(f"nothing is published of these models on {comparison.dataset}", stacklevel=2)
     tell("reading clips")
-    clips = read_clips(comparison, data, plugins)
+    clips = read_clips(comparison, data, plugins, data_root)
     tell("comparing models")
     sections = sections_of(comparison, results, clips)
     text = render(comparison, sections, tell)
