@@ -26,6 +26,7 @@ _LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for ta
 _DIMENSIONS = dict.fromkeys(("text_bert", "text", "audio", "vision"), 3) | {
     f"{modality}_lengths": 1 for modality in ("text", "audio", "vision")
 }
+_AT_ONCE = 1 << 18
 _MOST_FAULTS = 20
 _LONGEST = 200
 """characters of what was found, in a fault"""
@@ -345,11 +346,13 @@ class _Check:
         if array is None:
             return None
         mended = 0
-        for row in array:  # row by row: a mask of the whole array would take a quarter of its memory
-            wrong = ~np.isfinite(row)
+        rows = max(1, _AT_ONCE // array[0].size)
+        for start in range(0, len(array), rows):  # a mask of the whole array would take a quarter of its memory
+            part = array[start : start + rows]
+            wrong = ~np.isfinite(part)
             if wrong.any():
                 mended += int(wrong.sum())
-                row[wrong] = 0
+                part[wrong] = 0
         if mended:
             self.notes.append(f"{where}: {mended} values that are not finite (NaN, ±inf) were replaced by 0")
         return array
