@@ -347,6 +347,8 @@ def test_what_is_kept_in_a_form_of_its_own_is_made_again(tmp_path, monkeypatch):
         {**content, "splits": {"train": splits["train"]}},
     ]
     wrong = ({"audio": np.zeros(3, np.float32)}, {"more": 1}, {"labels": {}}, {"ids": "train"}, {"ids": []})
+    wrong += ({"text_bert": np.zeros((8, 2, 9), np.int64)}, {"audio_lengths": np.full(8, 7)})
+    wrong += ({"audio_lengths": np.zeros(8, np.int64)}, {"vision": None})
     forms += [{**content, "splits": {**splits, "train": {**splits["train"], **change}}} for change in wrong]
     for form in forms:
         place.write_bytes(b"".join(cache._serialised(dict(cache._arrays_in(form)), form, key)))
