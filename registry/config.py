@@ -282,7 +282,7 @@ def read_table(path: Path, what: str) -> dict[str, Any]:
             written = file.read(_LARGEST + 1)
         text = written.decode("utf-8-sig")
         if len(written) > _LARGEST:
-            raise ValueError("it is larger than any config")
+            raise ValueError(f"it is larger than {_LARGEST >> 20} MB")
         if path.suffix == ".toml" and max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
             raise ValueError(f"a line has more than {_MOST_DOTS} dots")
         content = readers[path.suffix](text)

@@ -52,7 +52,6 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
     foreign = [name for name in state if not name.startswith(tuple(_PREFIXES))]
     needed = ["audio_model.rnn.weight_ih_l0", "video_model.rnn.weight_ih_l0", "audio_model.linear_1.weight"]
     needed += ["video_model.linear_1.weight", "text_model.model.embeddings.word_embeddings.weight"]
-    needed += [f"{name}_model.rnn.weight_hh_l0" for name in ("audio", "video")]
     tasks = ("fusion", "text", "audio", "video")
     needed += [f"post_{task}_layer_{layer}.weight" for task in tasks for layer in (1, 2)]
     missing = [name for name in needed if name not in state]

@@ -23,6 +23,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from registry import InputError, load_run
 from registry.checkpoints import _read_weights
@@ -37,7 +39,8 @@ from registry.jobs import make_plan
 from registry.plugins import Plugins
 from registry.runs import fault_of
 from selfmm_plugin.upstream import translate
-from tests.fuzz.targets import explore, finished_runs
+from tests.fuzz.__main__ import checked
+from tests.fuzz.targets import TARGETS, explore, finished_runs
 from tests.helpers import TINY_BERT, tiny_encoder
 from tests.helpers import feature_file as write_feature_file
 
@@ -347,6 +350,8 @@ def test_what_is_kept_in_a_form_of_its_own_is_made_again(tmp_path, monkeypatch):
         {**content, "splits": {"train": splits["train"]}},
     ]
     wrong = ({"audio": np.zeros(3, np.float32)}, {"more": 1}, {"labels": {}}, {"ids": "train"}, {"ids": []})
+    wrong += ({"text_bert": np.zeros((8, 2, 9), np.int64)}, {"audio_lengths": np.full(8, 7)})
+    wrong += ({"audio_lengths": np.zeros(8, np.int64)}, {"vision": None})
     forms += [{**content, "splits": {**splits, "train": {**splits["train"], **change}}} for change in wrong]
     for form in forms:
         place.write_bytes(b"".join(cache._serialised(dict(cache._arrays_in(form)), form, key)))
@@ -573,3 +578,19 @@ def test_an_encoder_that_reads_no_token(tmp_path):
     change(folder / "config.json", max_position_embeddings=-1)
     with pytest.raises(InputError, match="cannot be loaded"):
         find_text_encoder(str(folder))
+
+
+# --- fuzzing
+
+
+@pytest.mark.parametrize("name", ["pickle", "opcodes", "values", "cache", "config", "settings", "checkpoint"])
+def test_a_target_of_fuzzing_works(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(cache, "WORTH_KEEPING", 0)
+    read, drawn = TARGETS[name](tmp_path)
+
+    @settings(max_examples=5, deadline=None, database=None)
+    @given(st.sampled_from(drawn) if isinstance(drawn, list) else drawn)
+    def one(drawn):
+        checked(read, drawn)
+
+    one()

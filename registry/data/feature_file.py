@@ -28,9 +28,7 @@ _INPUTS = ("raw_text", "text_bert", "text", "audio", "vision")
 LABELS = {"M": "regression_labels"} | {task: f"regression_labels_{task}" for task in "TAV"}
 KEYS = ("id", *_INPUTS, "text_lengths", "audio_lengths", "vision_lengths", *LABELS.values())
 """what is read of a split"""
-_DIMENSIONS = dict.fromkeys(("text_bert", "text", "audio", "vision"), 3) | {
-    f"{modality}_lengths": 1 for modality in ("text", "audio", "vision")
-}
+_AT_ONCE = 1 << 18
 _MOST_FAULTS = 20
 _MOST_PADDING = 100
 """times as long as they are may sequences become by padding"""
@@ -176,22 +174,29 @@ def _checked(content: Any, name: object, check: Check) -> dict[str, Any]:
 
 
 def is_content(content: dict[str, Any]) -> bool:
-    """Whether what was kept has the form of what `read_content` returns; what stands in arrays is not looked at."""
+    """Whether what was kept has the form of what `read_content` returns; what features and tokens are is not looked at."""
     try:
         splits = [SplitArrays(**arrays) for arrays in content["splits"].values()]
         texts = [content["notes"], *(split.ids for split in splits), *(split.raw_text or [] for split in splits)]
-        arrays = [(split, 1, labels) for split in splits for labels in split.labels.values()]
-        for key, dims in _DIMENSIONS.items():
-            arrays += [(split, dims, getattr(split, key)) for split in splits if getattr(split, key) is not None]
-        return (
-            [*content["splits"]] == [*SPLITS]
-            and isinstance(content["aligned"], bool)
-            and all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts)
-            and all(split.ids and "M" in split.labels for split in splits)
-            and all(array.ndim == dims and len(array) == len(split.ids) for split, dims, array in arrays)
-        )
+        are_texts = all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts)
+        is_whole = [*content["splits"]] == [*SPLITS] and isinstance(content["aligned"], bool)
+        return is_whole and are_texts and all(map(_is_split, splits))
     except Exception:  # it may be anything
         return False
+
+
+def _is_split(split: SplitArrays) -> bool:
+    clips, tokens = len(split.ids), split.text_bert
+    fits = clips > 0 and "M" in split.labels and all(labels.shape == (clips,) for labels in split.labels.values())
+    fits &= tokens is None or (tokens.shape[:2] == (clips, 3) and tokens.ndim == 3 and tokens.dtype == np.int64)
+    for modality in ("text", "audio", "vision"):
+        features, lengths = getattr(split, modality), getattr(split, f"{modality}_lengths")
+        if features is not None:
+            fits &= features.ndim == 3 and len(features) == clips and features.dtype == np.float32
+            fits &= lengths is not None or modality == "text"
+        if lengths is not None:
+            fits &= lengths.shape == (clips,) and bool((lengths >= 1).all() and (lengths <= features.shape[1]).all())
+    return fits
 
 
 def size(count: int) -> str:
@@ -510,11 +515,13 @@ class Check:
         if array is None:
             return None
         mended = 0
-        for row in array:  # row by row: a mask of the whole array would take a quarter of its memory
-            wrong = ~np.isfinite(row)
+        rows = max(1, _AT_ONCE // array[0].size)
+        for start in range(0, len(array), rows):  # a mask of the whole array would take a quarter of its memory
+            part = array[start : start + rows]
+            wrong = ~np.isfinite(part)
             if wrong.any():
                 mended += int(wrong.sum())
-                row[wrong] = 0
+                part[wrong] = 0
         if mended:
             self.notes.append(f"{where}: {mended} values that are not finite (NaN, ±inf) were replaced by 0")
         return array

@@ -5,5 +5,6 @@
 
 A target ends in success or in a `BenchmarkError`. Anything else is a fault: another exception, a crash, an input that
 takes more than five seconds or a gigabyte, a message of more than a few lines. What is found is kept as a test of the
-smallest input that shows it, in `tests/test_hostile_files.py`.
+smallest input that shows it, in `tests/test_hostile_pickles.py` or
+`tests/test_hostile_files.py`.
 """

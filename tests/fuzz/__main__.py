@@ -110,4 +110,5 @@ def main() -> None:
         fuzz_structures(read, drawn, seconds)
 
 
-main()
+if __name__ == "__main__":
+    main()
