@@ -41,7 +41,7 @@ from .graphs import attributes_of
 
 FORMAT = 1
 """raised when something else is kept than before"""
-SHARE = 0.1
+SHARE = 0.05
 """of the time that keeping may take; an epoch that is shorter is kept with those after it"""
 _BYTES_A_SECOND = 1e9
 """that a disk is taken to write before it has shown how fast it is"""

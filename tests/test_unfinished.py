@@ -247,11 +247,11 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(train, tmp_path):
     assert not list(folder.parent.glob(".1111.*"))
 
 
-def test_keeping_takes_a_tenth_of_the_time_at_most(tmp_path):
+def test_keeping_takes_a_twentieth_of_the_time_at_most(tmp_path):
     unfinished = Unfinished(tmp_path)
     unfinished._cost = 2.0
     now = time.monotonic()
-    for ago, due in ((17.9, False), (18.1, True)):
+    for ago, due in ((37.9, False), (38.1, True)):
         unfinished._last = now - ago
         assert unfinished.due(None) == due  # type: ignore[arg-type]
 

@@ -174,7 +174,7 @@ def _checked(content: Any, name: object, check: Check) -> dict[str, Any]:
 
 
 def is_content(content: dict[str, Any]) -> bool:
-    """Whether what was kept has the form of what `read_content` returns; what features and tokens are is not looked at."""
+    """Whether what was kept has the form of what `read_content` returns, whatever its features and tokens are."""
     try:
         splits = [SplitArrays(**arrays) for arrays in content["splits"].values()]
         texts = [content["notes"], *(split.ids for split in splits), *(split.raw_text or [] for split in splits)]
