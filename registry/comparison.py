@@ -290,7 +290,7 @@ def collect(
     """
     configs: dict[tuple[str, ...], _Config] = {}
     for folder in map(Path, map(os.path.expanduser, folders)):
-        found = {place: fault_of(place) for place in _run_folders(folder)}
+        found = {place: fault_of(place) or _fault_of_tables(Run(place)) for place in _run_folders(folder)}
         if None not in found.values():
             why = "".join(f"; {place}: {fault}" for place, fault in list(found.items())[:3])
             raise InputError(f"{folder} holds no finished run{why}")
@@ -363,6 +363,16 @@ def _run_folders(folder: Path) -> list[Path]:
     marks = [path for name in _MARKS for path in folder.rglob(name)]
     shown = [path for path in marks if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return [place for place, count in Counter(path.parent for path in shown).items() if count > 1]
+
+
+def _fault_of_tables(run: Run) -> str | None:
+    """Return what a comparison cannot use of a finished run's tables."""
+    try:
+        tables = [run.predictions] if run.metrics else []
+        tables += [run.history] if run.best_epoch is not None else []
+    except InputError as error:
+        return str(error)
+    return "a table has no row" if any(table.empty for table in tables) else None
 
 
 def _key(place: Path, whole: Sequence[Path]) -> tuple[str, ...]:

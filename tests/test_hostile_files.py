@@ -214,6 +214,15 @@ def test_a_table_that_no_run_writes(run, case):
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize("content", ["id,label\na,1\n", "id,label,prediction\n", 'id,label,prediction\n"a,1,2\n'])
+def test_a_run_whose_predictions_are_none_is_named_beside_the_others(run, content):
+    (run / "predictions.csv").write_text(content)
+    change(run / "metrics.json", lines={})
+    (row,) = collect([run.parent]).rows
+    assert row.seeds == [1111]
+    assert str(run) in row.note
+
+
 def test_a_modality_whose_name_is_mathematics_is_drawn(run):
     table = load_run(run).table("labels").rename(columns={"text": "$\\frac$"})
     table.to_csv(run / "labels.csv", index=False)
