@@ -206,6 +206,7 @@ def run(
     faults = {target: fault_of(target) for target in wanted}
     require_no_strangers(target for target, fault in faults.items() if force or fault)
     done: list[SeedRun] = []
+    busy: list[Busy] = []
     ways = _ways(_Way(graph, deterministic), plan)
     protocol = job.protocol()
     made_of = {"sources": dict(plan.sources), "selfmm-plugin": metadata.version("selfmm-plugin")}
@@ -229,10 +230,12 @@ def run(
                             gc.collect()  # the model, and its recorded steps
                     unfinished.discard()
             except (Exception, SystemExit) as error:  # the model's, mostly; other seeds may do better
-                if isinstance(error, InputError) and not done and not history:
+                if isinstance(error, InputError) and not isinstance(error, Busy) and not done and not history:
                     raise
                 reason = reason_of(error)
-                if not isinstance(error, Busy):
+                if isinstance(error, Busy):
+                    busy.append(error)
+                else:
                     _write_failure(log, [" ".join(reason.split()), *map(str, history)], error)
                 watcher.failed(seed, f"{reason} (more in {log})" if log.exists() else reason)
                 done.append(SeedRun(seed, "failed", reason, None, {}, None))
@@ -251,6 +254,8 @@ def run(
             )
         done.append(SeedRun(seed, "ok", None, saved.best_epoch, saved.metrics, saved.folder))
         protocol = saved.summary.get("protocol", protocol)
+    if len(busy) == len(seeds):
+        raise busy[0]
     return Result(plan.name, plan.dataset.name, done, folder, protocol)
 
 
@@ -390,8 +395,8 @@ def _train_seed(
                 size = f"one micro-batch of batch_size={plan.config.model.batch_size} at a time"
                 hint = f"make it smaller, and update_epochs larger, or free the GPU ({one_line(error)})"
                 raise RunFailed(f"the GPU's memory is too small for {size}: {hint}") from error
-            anew = f"this seed, anew, and those after it are trained {ways[1].name}"
-            watcher.note(f"{plan.name}, seed {seed}: the GPU's memory ran out; {anew}")
+            slower = f"it and the seeds after it are trained {ways[1].name}"
+            watcher.note(f"{plan.name}, seed {seed}: the GPU's memory ran out; {slower}")
             return False
         except KeyboardInterrupt:
             kept = f"epochs 1 to {unfinished.epoch} are" if unfinished.epoch else "no epoch is"
@@ -403,7 +408,7 @@ def _train_seed(
     if way.name:
         said.append(f"trained {way.name}: the GPU's memory had run out")
     if unfinished.resumed:
-        said.append(f"interrupted, and taken up after epoch {unfinished.resumed}")
+        said.append(f"taken up after epoch {unfinished.resumed}, where it had been interrupted")
     summary = {
         "metrics": metrics,
         "best_epoch": outcome.best_epoch,
@@ -418,7 +423,7 @@ def _train_seed(
         folder,
         settings={**job.settings(), "seed": seed, "preset": plan.config.preset},
         summary=summary,
-        environment=environment(device, job, started),
+        environment={**environment(device, job, started), "taken_up_after_epoch": unfinished.resumed or None},
         tables=tables,
         modules={
             "model": model,

@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from .data.safe_pickle import RefusedError, Unpickler
 from .data.store import Store
 from .errors import InputError, blaming
 from .isolation import isolated
-from .jobs import Job, make_plan
+from .jobs import Job, Plan, make_plan
 from .plugins import Plugins
 from .runs import Run, environment, load_run, require_fit, require_writable, write_run
 from .training import Watcher
@@ -72,12 +72,15 @@ def import_checkpoint(
         data=data,
         data_root=data_root,
     )
-    if data is not None or (not plan.dataset.generate and Store(data_root).files(dataset)):
-        job = plan.read(data, text_encoder, Watcher(), data_root=data_root)
-        if wrong := {k: v for k, v in found["dims"].items() if job.info.dims.get(k) != v}:
-            name = data or (job.file and job.file.name)
-            raise InputError(f"{path} was trained on features of width {wrong}, {name} has {dict(job.info.dims)}")
-    else:
+    job = None
+    if data is not None:
+        job = _read_data(plan, data, text_encoder, data_root, path, found["dims"])
+    elif not plan.dataset.generate and Store(data_root).files(dataset):
+        try:
+            job = _read_data(plan, None, text_encoder, data_root, path, found["dims"])
+        except InputError as error:
+            Watcher().note(f"the checkpoint is not tested on registered data: {error}")
+    if job is None:
         info = DataInfo(
             name=dataset,
             dims=found["dims"],
@@ -97,6 +100,22 @@ def import_checkpoint(
         )
     with isolated(0, CPU):
         return _write(job, found, path, Path(os.path.expanduser(runs)))
+
+
+def _read_data(
+    plan: Plan,
+    data: str | Path | None,
+    text_encoder: str | None,
+    data_root: str | Path | None,
+    path: Path,
+    dims: Mapping[str, int],
+) -> Job:
+    """Return the job of a checkpoint and the data that it is tested on; raises InputError where they do not fit."""
+    job = plan.read(data, text_encoder, Watcher(), data_root=data_root)
+    if wrong := {name: width for name, width in dims.items() if job.info.dims.get(name) != width}:
+        name = data or (job.file and job.file.name)
+        raise InputError(f"{path} was trained on features of width {wrong}, {name} has {dict(job.info.dims)}")
+    return job
 
 
 class _Survey(Unpickler):

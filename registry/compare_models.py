@@ -23,7 +23,7 @@ from .jobs import make_plan
 from .parallel import at_once, in_turn
 from .plugins import Plugins
 from .tracking import require_tracker
-from .training import Epoch, Watcher
+from .training import Relay, Watcher
 
 ALL = "all"
 SEEDS = (1111, 1112, 1113, 1114, 1115)
@@ -232,32 +232,14 @@ def _check_used(shared: Mapping[str, Any], preset: str | None, plans: Mapping[st
             watcher.note(f"there is no preset {preset} for {', '.join(lacking)}: their own default is used")
 
 
-class _Once(Watcher):
-    """Passes everything on, and each note once: many models are told the same of the data."""
+class _Once(Relay):
+    """Passes on each note once: many models are told the same of the data."""
 
     def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
+        super().__init__(watcher)
         self._said: set[str] = set()
 
     def note(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._watcher.note(text)
-
-    def failed(self, seed: int, reason: str) -> None:
-        self._watcher.failed(seed, reason)
-
-    def start(self, seed: int, number: str, config: Any) -> None:
-        self._watcher.start(seed, number, config)
-
-    def resume(self, history: Sequence[Epoch]) -> None:
-        self._watcher.resume(history)
-
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        self._watcher.step(epoch, step, steps)
-
-    def epoch(self, record: Epoch) -> None:
-        self._watcher.epoch(record)
-
-    def beside(self, name: str) -> Watcher:
-        return self._watcher.beside(name)
+            super().note(text)

@@ -25,7 +25,7 @@ from .errors import InputError, unknown
 from .labels import generated_in_vain
 from .metrics import names_of
 from .plugins import Plugins
-from .runs import Run, fault_of, identity
+from .runs import Run, fault_of, identity, with_later_keys
 from .statistics import Difference, compare_predictions, video_of
 
 PRIMARY = "MAE"
@@ -239,7 +239,7 @@ def _is_control(other: Mapping[str, Any], settings: Mapping[str, Any], hook: Hoo
     """Whether a run is another's without what a hook does: all that both have in common is the same."""
     key, _, value = hook.control_setting.partition("=")
     parts = settings["model"].split("+")
-    config, others = settings["config"], other["config"]
+    config, others = with_later_keys(settings["config"]), with_later_keys(other["config"])
     apart = set()
     if hook.name in parts:
         model = "+".join(hook.control if part == hook.name else part for part in parts)

@@ -61,6 +61,8 @@ class RunConfig:
 def config_class(spec: ModelSpec) -> type[Config]:
     """Return the class of a model's whole config: the fields of `Training`, with the spec's defaults, and its own."""
     own = spec.config.model_fields
+    if taken := {"standardize", "without"} & own.keys():
+        raise InputError(f"model {spec.name!r} has a config key {min(taken)!r}, which is every model's: rename it")
     defaults = {
         key: (info.annotation, FieldInfo.merge_field_infos(info, default=getattr(spec.training, key)))
         for key, info in Training.model_fields.items()

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .data.text import code_in
 from .errors import InputError, one_line
 from .metrics import names_of
 from .runs import FINISHED, WEIGHTS, Run, fault_of, finite, load_run, writing
@@ -25,9 +26,6 @@ TABLES = ("history",)
 """that are always sent; other tables name the clips of a dataset and their labels"""
 _SECONDS = 10
 _WHERE = "a repository is named USER/NAME"
-_RUNS_CODE = re.compile("auto_map|custom_pipelines|.*_implementation(_internal)?")
-"""keys by which a text encoder's configuration can ask transformers for code or kernels from elsewhere"""
-_OWN_KERNELS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def push(run: Run, repo: str, *, private: bool = False, with_predictions: bool = False) -> str:
@@ -82,7 +80,7 @@ def pull(repo: str, folder: str | Path | None = None, *, plugins: Sequence[str] 
     if fault := fault_of(found):
         raise InputError(f"{repo} holds no finished run: {fault}")
     encoder = json.loads((found / "config.json").read_text("utf-8"))["text_encoder"]
-    if asked := _code_in(encoder):
+    if asked := code_in(encoder):
         raise InputError(f"{repo} asks for code: its text encoder has the key {asked!r}, which no run needs")
     if place is None:
         return load_run(found, plugins=plugins)
@@ -142,14 +140,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
         return f"there is no network, or no answer ({type(error).__name__})"
     return one_line(error)
-
-
-def _code_in(value: Any) -> str | None:
-    """Return a key, at any depth, that asks for code; None where there is none."""
-    if isinstance(value, Mapping):
-        asking = (key for key, item in value.items() if _RUNS_CODE.fullmatch(key) and item not in _OWN_KERNELS)
-        return next(asking, None) or _code_in(list(value.values()))
-    return next(filter(None, map(_code_in, value)), None) if isinstance(value, list) else None
 
 
 # --- what is sent

@@ -198,7 +198,7 @@ def _checked_metrics(wanted: Sequence[str], family: Literal["mosi", "sims"]) -> 
     for name in wanted:
         if name not in known:
             raise InputError(unknown("metric", name, known))
-    return list(wanted) or known
+    return list(dict.fromkeys(wanted)) or known
 
 
 def _test_of(clips: Clips, predictor: Predictor) -> Part:

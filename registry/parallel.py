@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
@@ -20,7 +21,7 @@ from .benchmark import run as run_model
 from .comparison import Row
 from .contract import Training
 from .errors import BenchmarkError, InputError, one_line
-from .runs import load_run
+from .runs import Run, load_run
 from .training import Epoch, Watcher
 
 Work = Mapping[str, dict[str, Any]]
@@ -151,6 +152,9 @@ class _Teller(Watcher):
 
     def epoch(self, record: Epoch) -> None:
         self._send("epoch", record)
+
+    def finished(self, seed: int, run: Run) -> None:
+        self._send("finished", seed, replace(run))
 
     def end(self) -> None:
         self._send("end")

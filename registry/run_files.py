@@ -29,6 +29,8 @@ class _Data(_File):
     metrics: Literal["mosi", "sims"]
     sha256: str | None
     label_range: FiniteFloat = Field(gt=0)
+    n_train: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    max_lengths: dict[str, Annotated[int, Field(ge=0, le=100_000)]] = Field(default_factory=dict)
 
 
 class _TextEncoder(_File):

@@ -51,6 +51,11 @@ _LONGEST_HEADER = 1 << 16
 """bytes of the first line of a table"""
 
 
+def with_later_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with the keys that its version may not have known."""
+    return {**_LATER_KEYS, **config}
+
+
 def identity(settings: Mapping[str, Any]) -> str:
     """Return the config hash: 12 hex digits of everything that can change a result, apart from the seed."""
     if isinstance(config := settings.get("config"), Mapping):
@@ -355,7 +360,10 @@ class Run:
         from .contract import TrainingData
         from .isolation import isolated
 
-        plan, clips = self.plan, 1 if self.settings.get("imported_from") else self.info.n_train
+        plan = self.plan
+        saved = [tensor for spec in plan.hooks for tensor in self._state(f"hook.{spec.name}").values()]
+        known = any(tensor.dim() and len(tensor) == self.info.n_train for tensor in saved)
+        clips = self.info.n_train if known else 1  # which the settings alone could claim to be any number
         made = {}
         with self._made_again("hooks"), isolated(0, torch.device("cpu")):
             labels = TrainingData({task: torch.zeros(clips) for task in self.info.tasks}, self.info)

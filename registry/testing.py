@@ -1,6 +1,6 @@
 """Checks for plugin authors: `check_model(MY_SPEC)` in a test, or `benchmark check NAME|FILE.py`.
 
-A small random data set stands in for a feature file, and a tiny random encoder for the pretrained one.
+A small random dataset stands in for a feature file, and a tiny random encoder for the pretrained one.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .config import as_typed
 from .contract import Training
 from .errors import InputError, one_line, unknown
-from .training import Epoch, Watcher
+from .training import Epoch, Relay, Watcher
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -43,7 +43,7 @@ def require_tracker(name: str) -> None:
         ) from error
 
 
-class TensorBoard(Watcher):
+class TensorBoard(Relay):
     """Writes each epoch's figures and, at a seed's end, its settings with its test metrics.
 
     Args:
@@ -53,14 +53,12 @@ class TensorBoard(Watcher):
     """
 
     def __init__(self, watcher: Watcher, folder: Path, settings: Mapping[str, Any]) -> None:
-        self._watcher, self._folder = watcher, folder
+        super().__init__(watcher)
+        self._folder = folder
         self._settings = {key: _plain(value) for key, value in settings.items()}
         self._seed: int | None = None
         self._writer: SummaryWriter | None = None
         self._fault = False
-
-    def note(self, text: str) -> None:
-        self._watcher.note(text)
 
     def failed(self, seed: int, reason: str) -> None:
         self._close()
@@ -72,17 +70,14 @@ class TensorBoard(Watcher):
         self._watcher.start(seed, number, config)
 
     def resume(self, history: Sequence[Epoch]) -> None:
-        self._watcher.resume(history)
-
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        self._watcher.step(epoch, step, steps)
+        if not (self._folder / str(self._seed)).exists():  # they were trained without this
+            for record in history:
+                self._track(record)
+        super().resume(history)
 
     def epoch(self, record: Epoch) -> None:
-        try:
-            self._write(record)
-        except Exception as error:  # a full disk, mostly; what is shown must not stop what is trained
-            self._give_up(error)
-        self._watcher.epoch(record)
+        self._track(record)
+        super().epoch(record)
 
     def finished(self, seed: int, run: Run) -> None:
         try:
@@ -98,12 +93,15 @@ class TensorBoard(Watcher):
             self._give_up(error)
         self._watcher.finished(seed, run)
 
-    def beside(self, name: str) -> Watcher:
-        return self._watcher.beside(name)
-
     def end(self) -> None:
         self._close()
         self._watcher.end()
+
+    def _track(self, record: Epoch) -> None:
+        try:
+            self._write(record)
+        except Exception as error:  # a full disk, mostly; what is shown must not stop what is trained
+            self._give_up(error)
 
     def _write(self, record: Epoch) -> None:
         if self._fault:

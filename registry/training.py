@@ -83,6 +83,40 @@ class Watcher:
         """The last seed of one of several models is done."""
 
 
+class Relay(Watcher):
+    """Passes everything on to another watcher: a base for those that only look on, or change some of it."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def note(self, text: str) -> None:
+        self._watcher.note(text)
+
+    def failed(self, seed: int, reason: str) -> None:
+        self._watcher.failed(seed, reason)
+
+    def start(self, seed: int, number: str, config: Training) -> None:
+        self._watcher.start(seed, number, config)
+
+    def resume(self, history: Sequence[Epoch]) -> None:
+        self._watcher.resume(history)
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        self._watcher.step(epoch, step, steps)
+
+    def epoch(self, record: Epoch) -> None:
+        self._watcher.epoch(record)
+
+    def finished(self, seed: int, run: Run) -> None:
+        self._watcher.finished(seed, run)
+
+    def beside(self, name: str) -> Watcher:
+        return self._watcher.beside(name)
+
+    def end(self) -> None:
+        self._watcher.end()
+
+
 def _warn(text: str) -> None:
     """Warn each time, not once a process, and without a line of this source."""
     warnings.warn_explicit(text, UserWarning, "registry", 0)

@@ -23,7 +23,7 @@ from .isolation import isolated
 from .jobs import Job, Plan
 from .search_space import Dimension, settings_of
 from .studies import counts, is_running, release
-from .training import Epoch, Watcher, train
+from .training import Epoch, Relay, Watcher, train
 
 if TYPE_CHECKING:
     import optuna
@@ -41,7 +41,7 @@ _STEPS_OF_A_SEED = 10_000
 
 @dataclass(frozen=True)
 class Desk:
-    """What all trials share: the plan, and its data, read once for each set of needs that configurations have."""
+    """What all trials share: the plan, and its data, read once for all that read them alike."""
 
     plan: Plan
     data: Mapping[str, Any]
@@ -52,11 +52,12 @@ class Desk:
     cache: Path
     graph: bool
     watcher: Watcher
-    _read: dict[tuple[str, ...], Job] = field(default_factory=dict)
+    _read: dict[tuple[Any, ...], Job] = field(default_factory=dict)
 
     def job(self, plan: Plan) -> Job:
         """Return the job of a configuration, without the test split."""
-        if plan.needs not in self._read:
+        key = (plan.needs, plan.config.model.without, plan.config.model.standardize)
+        if key not in self._read:
             precision = checked_precision(self.precision, self.device, trains_text="text" in plan.needs)
             watcher = _Silent() if self._read else self.watcher  # its notes on the data have been said
             job = plan.read(
@@ -69,8 +70,8 @@ class Desk:
             )
             assert job.file is not None
             kept = replace(job.file, splits={name: job.file.splits[name] for name in SPLITS})
-            self._read[plan.needs] = replace(job, file=kept)
-        return replace(self._read[plan.needs], plan=plan)
+            self._read[key] = replace(job, file=kept)
+        return replace(self._read[key], plan=plan)
 
     def train(self, job: Job, seed: int, watcher: Watcher, number: str) -> Epoch:
         """Train one seed of a configuration as `registry.run` does, and return its best epoch."""
@@ -102,25 +103,20 @@ class _Pruned(Exception):
     """Other trials were better at this epoch."""
 
 
-class _Reporter(Watcher):
+class _Reporter(Relay):
     """Passes progress on, tells the study of each epoch, and ends a trial that does not keep up with the others."""
 
     def __init__(self, watcher: Watcher, trial: optuna.Trial, prune: bool) -> None:
-        self._watcher, self._trial, self._prune = watcher, trial, prune
+        super().__init__(watcher)
+        self._trial, self._prune = trial, prune
         self._last: int | None = None
         self.scores: list[float] = []
         """the lowest validation MAE of each seed so far"""
-
-    def note(self, text: str) -> None:
-        self._watcher.note(text)
 
     def start(self, seed: int, number: str, config: Training) -> None:
         self.scores.append(math.inf)
         self._last = config.epochs
         self._watcher.start(seed, number, config)
-
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        self._watcher.step(epoch, step, steps)
 
     def epoch(self, record: Epoch) -> None:
         self._watcher.epoch(record)

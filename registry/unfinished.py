@@ -46,6 +46,8 @@ SHARE = 0.05
 _BYTES_A_SECOND = 1e9
 """that a disk is taken to write before it has shown how fast it is"""
 _STATE, _BEST = "state.safetensors", "best-{}.safetensors"
+_ROW = {"epoch", "train_loss", "valid_mae", "best", "train_seconds", "valid_seconds"}
+"""of the history"""
 
 
 class Busy(InputError):
@@ -106,11 +108,14 @@ class Unfinished:
         Raises:
             InputError: it does not fit the parts, which are then in no state to be trained.
         """
+        self.refused, self.resumed = "", 0
         if not (path := self.folder / _STATE).exists():
             self.discard()
             return None
         try:
             facts, tensors = _read(path)
+            if not _are_whole(facts):
+                raise ValueError("it lacks facts")
             best_file = self.folder / _BEST.format(facts["best_epoch"])
             _, best = _read(best_file)
             is_of_this = facts["again"] or not self.again
@@ -124,7 +129,7 @@ class Unfinished:
         try:
             _from_tensors(parts, tensors, facts)
         except Exception as error:
-            hint = "pass --force to train it from the start"
+            hint = "remove that folder to train the seed from the start"
             raise InputError(f"what is kept in {self.folder} does not fit: {one_line(error)}; {hint}") from error
         self._remove_but(best_file)  # one of an epoch that came after
         self.epoch = self.resumed = len(facts["history"])
@@ -181,10 +186,14 @@ class Unfinished:
 
     def discard(self) -> None:
         """Remove what is kept; the lock stays with this process."""
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink(missing_ok=True)
+        for path in (*self.folder.glob(_STATE), *self.folder.glob(_BEST.format("*"))):
+            path.unlink(missing_ok=True)
         self.epoch = 0
+
+
+def _are_whole(facts: Mapping[str, Any]) -> bool:
+    history, best = facts["history"], facts["best_epoch"]
+    return type(best) is int and 1 <= best <= len(history) and all(row.keys() == _ROW for row in history)
 
 
 def place_of(run: Path) -> Path:
@@ -207,9 +216,15 @@ def claim(run: Path, made_of: Mapping[str, Any], *, again: bool = False) -> Iter
     folder = place_of(run)
     lock = FileLock(folder / "lock")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if folder.is_symlink() or (folder / "lock").is_symlink():
+        raise InputError(f"{folder} or what is in it is a link to somewhere else: remove it")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            if (folder / "lock").exists():
+                break
+            lock.release()  # whoever had it has just removed it
     except Timeout:
         raise Busy(f"another process is training {run}: wait for it, then type the command again") from None
     except OSError as error:

@@ -45,7 +45,8 @@ Dataset = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Feature file in MMSA's pickle layout, or the name of a registered one; the one that fits, else."
+        help="Feature file in MMSA's pickle layout, or the name of a registered one; the registered one that fits the "
+        "model by default."
     ),
 ]
 DataRoot = Annotated[

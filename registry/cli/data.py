@@ -48,7 +48,7 @@ def add(
     plugin: Plugin = [],
     debug: Debug = False,
 ) -> None:
-    """Check files and register them, so that runs find them without --data; the files may then be deleted."""
+    """Check files and register them, so that runs find them without --data, also when the files are gone."""
     from ..data.feature_file import size
     from ..data.store import Store
     from ..plugins import Plugins

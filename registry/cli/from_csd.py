@@ -42,7 +42,7 @@ def from_csd(
     ] = False,
     text_encoder: Annotated[
         str | None,
-        typer.Option(help="Add text_bert, ids of this encoder; when aligned, the data set's own by default."),
+        typer.Option(help="Add text_bert, ids of this encoder; when aligned, the dataset's own by default."),
     ] = None,
     label_range: LabelRange = None,
     debug: Debug = False,

@@ -151,7 +151,7 @@ class Cutter:
         if self.label_range is not None and abs(label) > self.label_range + 1e-6:
             raise InputError(
                 f"{self.labels.where}: video {video!r}: expected labels from {-self.label_range:g} to "
-                f"{self.label_range:g}, found {label:g}: are these the data set's sentiment labels?"
+                f"{self.label_range:g}, found {label:g}: are these the dataset's sentiment labels?"
             )
         return None if len(words) else "no words"
 

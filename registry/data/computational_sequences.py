@@ -1,4 +1,4 @@
-"""Computational sequences, the CMU Multimodal SDK's form of a data set.
+"""Computational sequences, the CMU Multimodal SDK's form of a dataset.
 
 A `.csd` file is HDF5, and comes from people's drives: `ROOT/data/VIDEO/{features (n, d), intervals (n, 2)}`. It is
 read a video at a time; nothing outside the file is opened, and the sizes that it declares are checked before.
@@ -50,6 +50,10 @@ class ComputationalSequence:
             self._check(key, entry)
         if not self.shapes:
             raise InputError(f"{self.where} holds no videos")
+        arrays = [array for entry in self.entries.values() for array in (entry["features"], entry["intervals"])]
+        declared = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        if self.path and declared > self.path.stat().st_size * _MOST_COMPRESSED:  # one array under many names
+            raise InputError(f"{self.where} says it holds {declared >> 20:,} MiB, more than it can: it is damaged")
 
     @property
     def where(self) -> str:

@@ -127,7 +127,7 @@ def from_computational_sequences(
         words: a word a step; `sp`, a pause, is left out.
         labels: a segment a step; the first feature is the label.
         audio, vision: numbers; either may be left out.
-        folds: the videos of `"train"`, `"valid"` and `"test"`, or the name of a data set with standard ones.
+        folds: the videos of `"train"`, `"valid"` and `"test"`, or the name of a dataset with standard ones.
         aligned: whether audio and vision get a row a token of `text_bert`, that of the token's word.
         reduction: what the steps in a word's interval, or in one of `rate`, come to: one of `REDUCTIONS`.
         rate: where they are not aligned, steps of a second that audio and vision are brought to; None leaves them as
@@ -172,7 +172,7 @@ def from_computational_sequences(
     for name in SPLITS:
         if not clips[name]:
             why = f" ({'; '.join(notes)})" if notes else ""
-            raise InputError(f"no clip is left in {name}: expected folds and sequences of one data set{why}")
+            raise InputError(f"no clip is left in {name}: expected folds and sequences of one dataset{why}")
     splits = {name: _arrays(clips[name]) for name in SPLITS}
     tokens = {}
     if text_encoder:

@@ -33,6 +33,7 @@ VARIABLE = "MMSA_DATA"
 _SUFFIX = ".safetensors"
 _KEY = ["registered"]
 _LONGEST_NAME = 200
+_FACTS = ("sha256", "aligned", "verified", "label_range", "notes", "source", "added")
 
 Progress = Callable[[str, int], Told]
 """is told what is done now and of how many bytes, and returns what is told of them; 0 bytes where nobody knows"""
@@ -292,14 +293,15 @@ def _registered(path: Path) -> Registered:
     found = path.stat().st_size
     try:
         content = read_mapped(path, _KEY, arrays=False)
+        if content.get("format") != FORMAT:
+            again = f"benchmark data add {dataset} {shlex.quote(str(content.get('source', 'FILE')))}"
+            fault = f"{path} is of another version: type `{again}` once more"
+            return Registered(path, dataset, name, found, fault=fault)
+        known = {key: content[key] for key in _FACTS}
+        clips = {split: len(arrays["ids"]) for split, arrays in content["splits"].items()}
+        return Registered(path, dataset, name, found, **known, clips=clips)
     except Exception:  # damaged, which can make any step fail
         return Registered(path, dataset, name, found, fault=_damaged(path, dataset))
-    if content.get("format") != FORMAT:
-        again = f"benchmark data add {dataset} {shlex.quote(str(content.get('source', 'FILE')))}"
-        return Registered(path, dataset, name, found, fault=f"{path} is of another version: type `{again}` once more")
-    known = {key: content[key] for key in ("sha256", "aligned", "verified", "label_range", "notes", "source", "added")}
-    clips = {split: len(arrays["ids"]) for split, arrays in content["splits"].items()}
-    return Registered(path, dataset, name, found, **known, clips=clips)
 
 
 def _damaged(path: Path, dataset: str) -> str:

@@ -38,7 +38,9 @@ _ENCODED_AT_ONCE = 64
 _SAME_VOCABULARY = 0.9
 _HUB_SECONDS = 5
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_KERNEL = re.compile(r'_implementation\w*": *(\{[^}]*|"[^"]*)/')
+_RUNS_CODE = re.compile("auto_map|custom_pipelines|.*_implementation(_internal)?")
+"""keys by which a text encoder's configuration can ask transformers for code or kernels from elsewhere"""
+_OWN_KERNELS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _NOT_SETTINGS = {"_name_or_path", "transformers_version"}
 _MANY_UNKNOWN = 0.1
 _ROBERTA_LIKE = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer"}
@@ -118,10 +120,16 @@ def _refuse_kernels(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: it names a repository for its attention, or the like.
     """
-    if _KERNEL.search(json.dumps(config, default=str)):
-        raise InputError(
-            "the text encoder's config.json asks for code from the hub (…_implementation): remove that key"
-        )
+    if asked := code_in({key: value for key, value in config.items() if key != "auto_map"}):  # that is not trusted
+        raise InputError(f"the text encoder's config.json asks for code from the hub: remove the key {asked!r}")
+
+
+def code_in(value: Any) -> str | None:
+    """Return a key, at any depth, that asks for code; None where there is none."""
+    if isinstance(value, Mapping):
+        asking = (key for key, item in value.items() if _RUNS_CODE.fullmatch(key) and item not in _OWN_KERNELS)
+        return next(asking, None) or code_in(list(value.values()))
+    return next(filter(None, map(code_in, value)), None) if isinstance(value, list) else None
 
 
 @contextmanager

@@ -74,11 +74,11 @@ def read_clips(
         file = read_feature_file(place, label_range=limit)
     elif data is not None:
         file = store.find(comparison.dataset, str(data)).read(label_range=limit)
-    elif same := store.same(comparison.dataset, run.settings["data"]["sha256"]):
-        file = same.read(label_range=limit)
     elif generate:
         with blaming(f"generate of dataset {comparison.dataset!r}"):
             file = generate()
+    elif same := store.same(comparison.dataset, run.settings["data"]["sha256"]):
+        file = same.read(label_range=limit)
     else:
         return Clips(why_none="Run folders hold no texts: --data FILE, the feature file of the runs, adds them here.")
     if not _are_tested(file, run.predictions):
