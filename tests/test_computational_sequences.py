@@ -177,6 +177,19 @@ def test_declared_sizes_are_checked_before_anything_is_read(tmp_path, packed):
     assert "more than the file holds: it is damaged" in refusal(path)
 
 
+def test_one_array_under_many_names_is_not_read_as_many(tmp_path):
+    path = one(tmp_path)
+    with h5py.File(path, "a") as file:
+        del file["root/data/v/features"], file["root/data/v/intervals"]
+        options = {"chunks": (1 << 16, 1), "compression": "gzip"}
+        for name, columns in (("features", 1), ("intervals", 2)):
+            file["root/data/v"].create_dataset(name, (1 << 20, columns), np.float32, **options)
+        for number in range(500):
+            for name in ("features", "intervals"):
+                file[f"root/data/w{number}/{name}"] = file[f"root/data/v/{name}"]
+    assert "more than it can: it is damaged" in refusal(path)
+
+
 @pytest.mark.parametrize("level", ["root", "root/data", "root/data/v", "root/data/v/features"])
 def test_links_are_not_followed(tmp_path, level):
     """The external one leads to a file that has what is asked for."""

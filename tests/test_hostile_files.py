@@ -92,6 +92,7 @@ SETTINGS = [
     {"hooks": ["ulgm"]},
     {"config": []}, {"config__x": float("nan")}, {"config__x": nested(200)}, {"data": "x"}, {"data__metrics": "other"},
     {"data__sha256": 5}, {"data__label_range": "3"}, {"data__label_range": float("inf")}, {"data__label_range": 0},
+    {"data__n_train": -1}, {"data__n_train": 10**12}, {"data__max_lengths": {"audio": 10**9}},
     {"text_encoder": 3}, {"text_encoder__name": None}, {"text_encoder__config": "x"},
 ]  # fmt: skip
 SUMMARIES = [
@@ -554,6 +555,15 @@ def test_an_encoder_that_asks_for_code_from_the_hub(tmp_path, key, value):
         find_text_encoder(str(folder))
     with pytest.raises(InputError, match="asks for code from the hub"):
         TextEncoder.from_config({**TINY_BERT, key: value}).build()
+
+
+@pytest.mark.parametrize("kernel", [{"x": {}, "": "org/kern"}, {"x": "}", "y": "org/kern"}, "org/kern"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_kernels_from_the_hub_are_refused_however_they_are_nested(tmp_path, key, kernel):
+    folder = tiny_encoder(tmp_path / "encoder")
+    change(folder / "config.json", **{key: kernel})
+    with pytest.raises(InputError, match="asks for code from the hub"):
+        find_text_encoder(str(folder))
 
 
 def test_code_in_an_encoders_weights_never_runs(tmp_path):

@@ -195,6 +195,11 @@ def test_arguments_that_are_wrong(run, options, expected):
         evaluate_missing(run[0].folder, run[1], device="cpu", **options)
 
 
+def test_a_metric_that_is_named_twice_is_shown_once(run):
+    found = evaluate_missing(run[0].folder, run[1], device="cpu", rates=[0], seeds=[1], metrics=["MAE", "MAE"])
+    assert found.metrics == ["MAE"]
+
+
 def test_data_that_cannot_be_tested_on(run, tmp_path):
     found, _ = run
     with pytest.raises(InputError, match="has no test split with labels"):

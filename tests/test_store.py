@@ -329,6 +329,15 @@ def test_another_version_is_said_and_taken_anew(tmp_path, store, monkeypatch):
     assert store.files()[0].fault is None
 
 
+def test_a_file_of_the_form_that_lacks_facts_is_damaged(tmp_path, store):
+    store.add(MINE, feature_file(tmp_path))
+    (path,) = store.root.glob("*/*.safetensors")
+    content = module.read_mapped(path, module._KEY)
+    del content["sha256"]
+    module.write_mapped(path, content, module._KEY)
+    assert "is damaged" in store.files()[0].fault
+
+
 def test_one_that_is_damaged_can_be_removed_and_does_not_hide_others(tmp_path, store):
     path = store.add(MINE, feature_file(tmp_path))[0].path
     path.write_bytes(b"")

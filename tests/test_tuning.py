@@ -134,6 +134,17 @@ def test_a_searched_key_may_change_what_the_model_needs(tmp_path, encoder, empty
     assert tuning.trials[0].valid_mae != tuning.trials[1].valid_mae
 
 
+@pytest.mark.parametrize("space", [{"standardize": [False, True]}, {"without": [[], ["audio"]]}])
+def test_a_searched_key_may_change_what_is_made_of_the_data(tmp_path, encoder, empty_folder, space):
+    given = {"data": feature_file(tmp_path), "label_range": 3, "text_encoder": encoder}
+    config = {"epochs": 2, "batch_size": 4}
+    tuning = registry.tune("lf_dnn", "custom", **given, config=config, search=space, search_file="none", sampler="grid")
+    for trial in tuning.trials:
+        result = registry.run("lf_dnn", "custom", **given, config={**config, **trial.settings})
+        assert registry.load_run(result.runs[0].folder).summary["valid_mae"] == trial.valid_mae
+    assert tuning.trials[0].valid_mae != tuning.trials[1].valid_mae
+
+
 # --- trials
 
 

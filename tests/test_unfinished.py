@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import registry
 from registry.errors import InputError
@@ -93,7 +94,7 @@ def test_every_model_goes_on_to_the_last_bit(train, every_epoch, model):
     assert (watcher.resumed, watcher.epochs) == (3, [4, 5])
     assert content(parts) == content(whole)
     assert not place_of(parts.runs[0].folder).exists()
-    assert "interrupted, and taken up after epoch 3" in (parts.runs[0].folder / "log.txt").read_text()
+    assert "taken up after epoch 3, where it had been interrupted" in (parts.runs[0].folder / "log.txt").read_text()
 
 
 def test_rates_and_patience_of_a_scheduler_go_on(train, every_epoch):
@@ -226,12 +227,38 @@ def test_two_processes_on_one_seed(train, tmp_path):
     before = content(train("whole"))
     with pytest.raises(InputError, match=f"another process is training {folder}: wait for it"):
         train("whole", force=True)
-    both = train("whole", seeds=[1112, 1111], force=True)
-    assert [run.status for run in both.runs] == ["ok", "failed"]
+    for seeds in ([1112, 1111], [1111, 1112]):
+        both = train("whole", seeds=seeds, force=True)
+        assert {run.seed: run.status for run in both.runs} == {1111: "failed", 1112: "ok"}
     assert not list(folder.parent.glob("*.failed.log"))
     process.communicate("")
     assert content(train("whole")) == before
     assert train("whole", force=True).runs[0].status == "ok"
+
+
+def test_a_link_in_the_place_of_what_is_kept(train, tmp_path):
+    folder = train("whole").runs[0].folder
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "state.safetensors").write_text("precious")
+    place_of(folder).symlink_to(mine)
+    with pytest.raises(InputError, match="is a link to somewhere else: remove it"):
+        train("whole", force=True)
+    assert (mine / "state.safetensors").read_text() == "precious"
+
+
+def test_facts_that_do_not_fit_are_damage(train, every_epoch):
+    place = interrupt(train)
+    path = place / "state.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    for change in ({"best_epoch": 7}, {"best_epoch": "../1"}, {"history": [{}]}, {"history": 3}):
+        place.mkdir(exist_ok=True)  # it went with what was damaged
+        save_file(tensors, path, {"facts": json.dumps({**facts, **change})})
+        with claim(place.with_name("1111"), {}) as unfinished:
+            assert unfinished.restore(None) is None  # type: ignore[arg-type]
+            assert "is damaged" in unfinished.refused
 
 
 def test_what_a_killed_process_had_begun_to_write_is_removed(train, tmp_path):
