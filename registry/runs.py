@@ -312,9 +312,9 @@ class Run:
             encoder = settings["text_encoder"]
             made = TextEncoder.from_config(encoder["config"], name=encoder["name"]) if encoder else None
             info = DataInfo(**facts, text_encoder=made)
-            saved = load_file(self.folder / WEIGHTS).items()
-            state = {name.removeprefix("model."): tensor for name, tensor in saved if name.startswith("model.")}
             with isolated(0, torch.device("cpu")):
+                saved = load_file(self.folder / WEIGHTS).items()
+                state = {name.removeprefix("model."): tensor for name, tensor in saved if name.startswith("model.")}
                 require_fit(spec, config, info, state)
                 model = spec.build(config, info)
                 model.load_state_dict(state)
