@@ -360,12 +360,11 @@ class Run:
         from .contract import TrainingData
         from .isolation import isolated
 
-        plan = self.plan
-        saved = [tensor for spec in plan.hooks for tensor in self._state(f"hook.{spec.name}").values()]
-        known = any(tensor.dim() and len(tensor) == self.info.n_train for tensor in saved)
-        clips = self.info.n_train if known else 1  # which the settings alone could claim to be any number
-        made = {}
+        plan, made = self.plan, {}
         with self._made_again("hooks"), isolated(0, torch.device("cpu")):
+            saved = [tensor for spec in plan.hooks for tensor in self._state(f"hook.{spec.name}").values()]
+            known = any(tensor.dim() and len(tensor) == self.info.n_train for tensor in saved)
+            clips = self.info.n_train if known else 1  # which the settings alone could claim to be any number
             labels = TrainingData({task: torch.zeros(clips) for task in self.info.tasks}, self.info)
             for spec in plan.hooks:
                 hook = spec.build(plan.config.hooks[spec.name], labels, self.model.feature_dims)
