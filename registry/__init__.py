@@ -20,7 +20,7 @@ _HOME = {
     "registry.benchmark": "Result run",
     "registry.compare_models": "compare",
     "registry.comparison": "Comparison",
-    "registry.data.feature_file": "FeatureFile SplitArrays",
+    "registry.data.splits": "FeatureFile SplitArrays",
     "registry.data.own_file": "write_feature_file",
     "registry.data.text": "TextEncoder find_text_encoder",
     "registry.reporting": "report",

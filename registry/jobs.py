@@ -20,8 +20,9 @@ from .config import RunConfig, as_typed, resolve
 from .contract import Config, DataInfo, DatasetSpec, HookSpec, ModelSpec
 from .data.absence import silenced
 from .data.batches import Split, arrays_of
-from .data.feature_file import FeatureFile, read_feature_file
+from .data.feature_file import read_feature_file
 from .data.modality_files import Paths, checked_paths, with_features
+from .data.splits import FeatureFile
 from .data.standardize import Scale
 from .data.store import Registered, Store
 from .data.text import TextEncoder, find_text_encoder, tokenise, with_frozen_text

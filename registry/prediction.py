@@ -21,7 +21,8 @@ from .benchmark import find_device
 from .contract import MODALITIES
 from .data.absence import silenced
 from .data.batches import Split, arrays_of, output_on
-from .data.feature_file import CLIPS, FeatureFile, SplitArrays, read_clips
+from .data.feature_file import read_clips
+from .data.splits import CLIPS, FeatureFile, SplitArrays
 from .data.store import Registered, Store
 from .data.text import TextEncoder, find_text_encoder, tokenise, with_frozen_text
 from .errors import InputError, RunFailed, unknown

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import resolve
 from .contract import Batch, DataInfo, DatasetSpec, FusionOutput, HookSpec, ModelSpec
 from .data.batches import Split
-from .data.feature_file import SplitArrays
+from .data.splits import SplitArrays
 from .data.text import TextEncoder
 from .errors import BenchmarkError
 from .jobs import needs_of

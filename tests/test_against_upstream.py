@@ -13,7 +13,7 @@ from torch import Tensor
 
 from registry import Batch, DataInfo, TextEncoder, Training, TrainingData
 from registry.data.batches import Group, Split
-from registry.data.feature_file import SplitArrays
+from registry.data.splits import SplitArrays
 from registry.metrics import classification, regression
 from registry.training import _Step, make_optimizer
 from selfmm_plugin.heads import PredictionHead

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 from registry.data import cache as module
 from registry.data import feature_file as reader
-from registry.data.feature_file import FeatureFile, SplitArrays, read_feature_file
+from registry.data.feature_file import read_feature_file
+from registry.data.splits import FeatureFile, SplitArrays
 from registry.errors import InputError
 from tests.helpers import feature_file, write_features
 from tests.test_feature_file import contents

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.data.feature_file import CLIPS, FeatureFile, read_clips, read_feature_file
+from registry.data.feature_file import read_clips, read_feature_file
+from registry.data.splits import CLIPS, FeatureFile
 from registry.errors import InputError
 from tests.helpers import feature_file, make_split, write_features
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from registry.data.computational_sequences import ComputationalSequence
-from registry.data.feature_file import FeatureFile, read_feature_file
+from registry.data.feature_file import read_feature_file
 from registry.data.from_sequences import Converted, from_computational_sequences, read_folds, standard_folds
+from registry.data.splits import FeatureFile
 from registry.data.text import find_text_encoder, tokenise
 from registry.errors import InputError
 from tests.sequences import FOLDS, make_sequences, make_videos, write_all

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from registry import Batch, DataInfo, FusionOutput, TextEncoder, Training, TrainingData, TrainingHook
 from registry.data.batches import Group, Split, forward
-from registry.data.feature_file import SplitArrays
+from registry.data.splits import SplitArrays
 from registry.data.text_model import _by_length
 from registry.training import Epoch, Watcher, _Step, make_optimizer, train
 from selfmm_plugin.network import SelfMM, SelfMMConfig

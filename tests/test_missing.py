@@ -15,7 +15,8 @@ from registry import InputError, Run, load_run
 from registry.data import absence
 from registry.data.absence import Rules, lose_modalities, lose_steps
 from registry.data.batches import Split
-from registry.data.feature_file import SplitArrays, read_feature_file
+from registry.data.feature_file import read_feature_file
+from registry.data.splits import SplitArrays
 from registry.data.standardize import Scale
 from registry.metrics import names_of
 from registry.missing import AREA, Missing, draw, evaluate_missing

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from MMSA.data_loader import MMDataset
 
 from registry import InputError, write_feature_file
-from registry.data.feature_file import FeatureFile, read_feature_file
+from registry.data.feature_file import read_feature_file
+from registry.data.splits import FeatureFile
 from tests.helpers import make_split
 from tests.test_cache import assert_same
 from tests.test_feature_file import contents

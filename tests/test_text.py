@@ -17,7 +17,8 @@ from transformers import BertModel
 from transformers.utils import logging
 
 from registry.data import text
-from registry.data.feature_file import FeatureFile, file_sha256, read_feature_file
+from registry.data.feature_file import file_sha256, read_feature_file
+from registry.data.splits import FeatureFile
 from registry.data.text import TextEncoder, find_text_encoder, tokenise
 from registry.errors import InputError
 from tests.helpers import TOKENS, WORDS, feature_file, tiny_encoder

@@ -11,7 +11,7 @@ from torch import nn
 
 from registry import FusionOutput, Rates, RunFailed, TextEncoder, Training, TrainingHook
 from registry.data.batches import Split
-from registry.data.feature_file import SplitArrays
+from registry.data.splits import SplitArrays
 from registry.training import Epoch, Watcher, make_optimizer, text_sums, train
 from tests.helpers import TINY_BERT
 

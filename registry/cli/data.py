@@ -93,7 +93,8 @@ def list_(
     debug: Debug = False,
 ) -> None:
     """List the registered files, and the datasets that have none."""
-    from ..data.feature_file import SPLITS, size
+    from ..data.feature_file import size
+    from ..data.splits import SPLITS
     from ..data.store import Store
     from ..plugins import Plugins
 
@@ -201,7 +202,8 @@ def _verdict(file: Registered) -> str:
 
 
 def _show(found: Inspection) -> None:
-    from ..data.feature_file import SPLITS, size
+    from ..data.feature_file import size
+    from ..data.splits import SPLITS
 
     verdict = f"the published {found.published}" if found.published else "no published file that is known"
     screen.say(f"[bold]{escape(found.path)}[/]: {size(found.size)}, {'aligned' if found.aligned else 'unaligned'}")

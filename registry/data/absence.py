@@ -10,7 +10,7 @@ import numpy as np
 
 from registry.contract import MODALITIES
 
-from .feature_file import FeatureFile, SplitArrays
+from .splits import FeatureFile, SplitArrays
 
 
 def silenced(file: FeatureFile, without: Collection[str], widths: Mapping[str, int]) -> FeatureFile:

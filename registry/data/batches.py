@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from registry.contract import Batch, FusionOutput
 from registry.errors import RunFailed
 
-from .feature_file import SplitArrays
+from .splits import SplitArrays
 from .standardize import Scale
 from .text_model import SPARE
 

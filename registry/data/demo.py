@@ -19,7 +19,7 @@ import hashlib
 
 import numpy as np
 
-from .feature_file import FeatureFile, SplitArrays
+from .splits import FeatureFile, SplitArrays
 
 SIZES = {"train": 640, "valid": 160, "test": 240}
 RANGE = 3.0

@@ -23,7 +23,7 @@ from registry.errors import InputError, blaming, unknown
 from .alignment import REDUCTIONS
 from .clips import Clip, Cutter
 from .computational_sequences import ComputationalSequence, as_sequence, open_sequence
-from .feature_file import SPLITS
+from .splits import SPLITS
 
 if TYPE_CHECKING:
     from .text import TextEncoder

@@ -13,8 +13,10 @@ import numpy as np
 
 from registry.errors import InputError
 
-from .feature_file import KEYS, SPLITS, Check, SplitArrays, file_sha256
+from .checks import KEYS, Check
+from .feature_file import file_sha256
 from .safe_pickle import load_pickle, plain
+from .splits import SPLITS, SplitArrays
 
 if TYPE_CHECKING:
     from registry.contract import DatasetSpec

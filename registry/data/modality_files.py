@@ -15,9 +15,11 @@ import numpy as np
 
 from registry.errors import InputError, unknown
 
-from .feature_file import SPLITS, Check, FeatureFile, SplitArrays, file_sha256, size
+from .checks import Check
+from .feature_file import file_sha256, size
 from .own_file import layout_of
 from .safe_pickle import load_pickle, plain
+from .splits import SPLITS, FeatureFile, SplitArrays
 
 KEYS = {
     "text": ("text_bert", "raw_text", "text", "text_lengths"),

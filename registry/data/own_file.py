@@ -17,7 +17,9 @@ import numpy as np
 from registry.errors import InputError, one_line, unknown
 from registry.runs import require_file, write_file
 
-from .feature_file import KEYS, LABELS, SPLITS, Check, FeatureFile, SplitArrays, file_sha256
+from .checks import KEYS, LABELS, Check
+from .feature_file import file_sha256
+from .splits import SPLITS, FeatureFile, SplitArrays
 
 _UNREAD = ("annotations", "classification_labels")
 """keys of MMSA's files that are read by nobody here, and kept"""

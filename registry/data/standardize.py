@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .feature_file import SplitArrays
+from .splits import SplitArrays
 
 SCALED = ("audio", "vision")
 _CLIPS_AT_ONCE = 64

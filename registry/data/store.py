@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 from registry.errors import InputError
 
 from .cache import SPARE, stamp
-from .feature_file import FORMAT, Check, FeatureFile, file_sha256, is_content, made_of, read_content, size
+from .checks import Check
+from .feature_file import FORMAT, file_sha256, is_content, made_of, read_content, size
 from .mapped import Told, read_mapped, size_of, sweep, write_mapped
+from .splits import FeatureFile
 
 if TYPE_CHECKING:
     from registry.contract import DatasetSpec

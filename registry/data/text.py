@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from registry.data.feature_file import FeatureFile, SplitArrays, file_sha256
+from registry.data.feature_file import file_sha256
+from registry.data.splits import FeatureFile, SplitArrays
 from registry.errors import InputError, one_line
 
 from .text_model import TextModel

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..comparison import Comparison, Row
-from ..data.feature_file import FeatureFile, read_feature_file
+from ..data.feature_file import read_feature_file
+from ..data.splits import FeatureFile
 from ..data.store import Store
 from ..errors import InputError, blaming
 from ..labels import GeneratedLabels
