@@ -301,7 +301,7 @@ def test_arrays_in_use_outlive_what_they_were_mapped_from(tmp_path, folder):
 
 def test_an_unfinished_file_of_a_killed_process_is_removed_after_a_day(tmp_path, folder):
     folder.mkdir(parents=True)
-    old, new, other = (folder / f"{name}.part" for name in ("features-a", "hash-b", "a download of the user's"))
+    old, new, other = (folder / f"{name}.part" for name in ("a" * 32, "b" * 32, "a download of the user's"))
     for part, age in ((old, 25), (new, 1), (other, 25)):
         part.write_text("")
         os.utime(part, (0, time.time() - age * 3600))
