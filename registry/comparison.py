@@ -418,7 +418,9 @@ def _check_one_split(rows: Sequence[Row]) -> None:
     for run in (run for row in rows for run in row.runs):
         same = run.settings["data"]["metrics"] == first.settings["data"]["metrics"]
         if run.metrics.keys() != first.metrics.keys():
-            raise InputError(f"{run.folder} and {first.folder} have different metrics: train one of them again")
+            ranges = [each.settings["data"]["label_range"] for each in (run, first)]
+            why = f", labels within ±{ranges[0]:g} and ±{ranges[1]:g}" * (ranges[0] != ranges[1])
+            raise InputError(f"{run.folder} and {first.folder} have different metrics{why}: name folders of one kind")
         if not np.isfinite(run.predictions[[*columns[1:], "prediction"]]).all(axis=None):
             raise InputError(f"{run.folder} has predictions or labels that are not finite")
         if not same or not run.predictions[columns].equals(clips):

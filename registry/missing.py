@@ -7,6 +7,7 @@ found.values, found.rows(), draw(found)
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -240,7 +241,8 @@ def draw(found: Missing) -> Figure:
         axes.set_title(name, fontsize=8)
     for axes in grid.flat[len(found.metrics) :]:
         axes.set_axis_off()
-    made.supxlabel(f"rate of {_WHAT[found.kind]} ({', '.join(found.modalities)})", fontsize=8)
+    label = f"rate of {_WHAT[found.kind]} ({', '.join(found.modalities)})"
+    made.supxlabel("\n".join(textwrap.wrap(label, 32 * columns)), fontsize=8)
     return made
 
 

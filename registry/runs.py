@@ -273,7 +273,7 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch: losses, validation MAE, seconds."""
-        return _with_numbers(self, "history", "train_seconds")
+        return _with_numbers(self, "history", "epoch", "train_loss", "valid_mae", "train_seconds")
 
     def table(self, name: str) -> pd.DataFrame:
         """Return `NAME.csv`.

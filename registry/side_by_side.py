@@ -90,7 +90,8 @@ def _changes(row: Row | None) -> float:
 
 def _results(comparison: Comparison) -> Table:
     several = [row for row in comparison.ok if len(row.runs) > 1] or comparison.ok
-    best = {name: _best([row.mean[name] for row in several], name) for name in comparison.metrics}
+    alone = len(several) < 2  # then nothing is better than anything
+    best = {name: None if alone else _best([row.mean[name] for row in several], name) for name in comparison.metrics}
     rows: Rows = []
     for row in comparison.rows:
         figures = {}

@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class Unfinished:
             if is_of_this and facts["made_of"] != json.loads(json.dumps(self.made_of)):
                 self.refused = "the source of the model, or this package, is another by now"
         except Exception:  # a damaged file can make any step fail
-            self.refused = f"{path} is damaged"
+            self.refused = f"what is kept in {self.folder} is damaged"
         if self.refused or not is_of_this:
             self.discard()
             return None
@@ -174,6 +175,8 @@ class Unfinished:
             self._remove_but(best_file)
         except OSError as error:
             self.fault = f"{self.folder} cannot be written ({error.strerror or error})"
+            if not self.epoch:  # of no use, and in the way of others
+                self.discard()
             return
         self.epoch = len(history)
         self._last = time.monotonic()
@@ -182,13 +185,20 @@ class Unfinished:
     def _remove_but(self, best_file: Path) -> None:
         for former in self.folder.glob(_BEST.format("*")):
             if former != best_file:
-                former.unlink(missing_ok=True)
+                _remove(former)
 
     def discard(self) -> None:
         """Remove what is kept; the lock stays with this process."""
         for path in (*self.folder.glob(_STATE), *self.folder.glob(_BEST.format("*"))):
-            path.unlink(missing_ok=True)
+            _remove(path)
         self.epoch = 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _are_whole(facts: Mapping[str, Any]) -> bool:
@@ -228,7 +238,7 @@ def claim(run: Path, made_of: Mapping[str, Any], *, again: bool = False) -> Iter
     except Timeout:
         raise Busy(f"another process is training {run}: wait for it, then type the command again") from None
     except OSError as error:
-        raise InputError(f"the run folder {run} cannot be written: {error.strerror or error}") from error
+        raise InputError(f"{folder}, which keeps a run, cannot be written: {error.strerror or error}") from error
     try:
         _sweep(run)
         yield Unfinished(folder, {"format": FORMAT, **made_of}, again)
@@ -339,23 +349,35 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a file's facts and tensors, in memory of their own; raises anything where it is damaged."""
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
-        return facts, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if facts["crc32"] != _checksum(tensors):
+        raise ValueError("another checksum")
+    return facts, tensors
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
     """Write a file whole or not at all; raises OSError."""
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(_on_host(tensors), part, {"facts": json.dumps(facts or {})})
+        held = _on_host(tensors)
+        save_file(held, part, {"facts": json.dumps({**(facts or {}), "crc32": _checksum(held)})})
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # else a crash of the machine could leave zeros under the final name
         os.replace(part, path)
     except OSError:
         raise
     except Exception as error:  # safetensors' own, of a disk that is full
-        raise OSError(one_line(error)) from error
+        raise OSError(str(error).rpartition("I/O error: ")[2]) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of tensors in the order of their names: a disk may give back other bits than it was given."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), found)
+    return found
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

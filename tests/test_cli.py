@@ -392,7 +392,7 @@ def test_interrupted(command, empty_folder):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "interrupted; finished seeds are kept, and the same command goes on from there" in err
+    assert "interrupted; finished seeds and kept epochs stay, and the same command goes on from there" in err
     assert "Traceback" not in err
     (folder,) = Path("runs").glob("*/*/*")
     kept = sorted(int(path.name) for path in folder.iterdir() if path.name[0] != ".")

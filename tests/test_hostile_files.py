@@ -32,6 +32,7 @@ from registry.cli.screen import _Screen
 from registry.comparison import collect
 from registry.config import _read_file
 from registry.data import cache, feature_file
+from registry.data.mapped import write_mapped
 from registry.data.text import TextEncoder, find_text_encoder
 from registry.errors import printable
 from registry.forms import render
@@ -288,7 +289,7 @@ def test_html_has_our_tags_only(shown):
     page = Tags(render(collect([shown]), "html"))
     tables = {"div", "table", "thead", "tbody", "tr", "th", "td", "b", "small"}
     assert page.tags <= {"html", "meta", "title", "style", "h1", "h2", "ul", "li"} | tables
-    assert page.attributes <= {"lang", "charset", "class"}
+    assert page.attributes <= {"lang", "charset", "class", "tabindex", "role", "aria-label", "dir"}
 
 
 def test_markdown_has_no_tags_no_links_and_whole_rows(shown):
@@ -364,7 +365,7 @@ def test_what_is_kept_in_a_form_of_its_own_is_made_again(tmp_path, monkeypatch):
     wrong += ({"audio_lengths": np.zeros(8, np.int64)}, {"vision": None})
     forms += [{**content, "splits": {**splits, "train": {**splits["train"], **change}}} for change in wrong]
     for form in forms:
-        place.write_bytes(b"".join(cache._serialised(dict(cache._arrays_in(form)), form, key)))
+        write_mapped(place, form, key)
         again = feature_file.read_feature_file(path, label_range=3.0, cache=tmp_path)
         np.testing.assert_equal(again.splits["train"].audio, first.splits["train"].audio)
         assert again.splits["train"].ids == first.splits["train"].ids

@@ -354,18 +354,25 @@ def test_bad_input(benchmark, runs, monkeypatch, arguments, message):
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
-        ("history", lambda t: t.drop(columns="valid_mae"), "has no numbers 'valid_mae'"),
-        ("predictions", lambda t: t.assign(prediction="much"), "has no numbers 'prediction'"),
-        ("predictions", lambda t: t.assign(prediction=np.inf), "has a prediction that is no finite number"),
-        ("labels", lambda t: t.drop(columns="fusion"), "has no column fusion"),
+        ("predictions", lambda t: t.assign(prediction=np.inf), "has predictions or labels that are not finite"),
+        ("labels", lambda t: t.drop(columns="fusion"), "the table 'labels' of .* has no column fusion"),
     ],
 )
 def test_an_edited_table_is_named(runs, table, change, message):
     path = next((runs / "mean+ulgm").rglob(f"{table}.csv"))
     change(pd.read_csv(path)).to_csv(path, index=False)
-    with pytest.raises(InputError, match=f"the table '{table}' of .*{message}"):
+    with pytest.raises(InputError, match=message):
         registry.report([runs], runs / "page.html")
     assert not (runs / "page.html").exists()
+
+
+@pytest.mark.parametrize(("table", "column"), [("history", "valid_mae"), ("predictions", "prediction")])
+def test_a_table_without_its_numbers_is_said_in_the_row(runs, table, column):
+    path = next((runs / "mean+ulgm").rglob(f"{table}.csv"))
+    pd.read_csv(path).assign(**{column: "much"}).to_csv(path, index=False)
+    comparison = registry.report([runs], runs / "page.html")
+    assert [row.name for row in comparison.rows if f"called {column}" in row.note] == ["mean+ulgm"]
+    assert f"called {column}" in (runs / "page.html").read_text()
 
 
 def test_a_run_folder_stays_as_it_is(runs):

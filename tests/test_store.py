@@ -350,4 +350,4 @@ def test_one_that_is_damaged_can_be_removed_and_does_not_hide_others(tmp_path, s
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    assert Store(tmp_path / "file").files() == []
+    assert "cannot be read: Not a directory" in refusal(Store(tmp_path / "file").files)

@@ -123,6 +123,30 @@ def interrupt(train, epoch: int = 3, **options) -> Path:
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "best"])
+def test_a_single_bit_that_flips_is_noticed(train, every_epoch, file):
+    place = interrupt(train)
+    (path,) = place.glob(f"{file}*")
+    content = bytearray(path.read_bytes())
+    content[len(content) * 7 // 10] ^= 1
+    path.write_bytes(content)
+    watcher = Interrupting()
+    assert content_of_the_whole(train, watcher)
+    assert any("is damaged" in note for note in watcher.notes)
+
+
+def content_of_the_whole(train, watcher: Watcher) -> bool:
+    return content(train("parts", watcher=watcher)) == content(train("whole"))
+
+
+def test_a_folder_in_the_place_of_what_is_kept(train, every_epoch):
+    place = interrupt(train)
+    path = place / "state.safetensors"
+    path.unlink()
+    path.mkdir()
+    assert content_of_the_whole(train, Interrupting())
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "best"])
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 100, None], ids=["empty", "other", "absent"])
 def test_what_is_damaged_is_not_used(train, every_epoch, file, damage):
     place = interrupt(train)
@@ -192,6 +216,7 @@ def test_a_full_disk_stops_the_keeping_and_not_the_training(train, every_epoch, 
     assert result.runs[0].status == "ok"
     (note,) = (note for note in watcher.notes if "would lose" in note)
     assert note.endswith("cannot be written (No space left on device)")
+    assert not list((result.folder).glob(".*"))
 
 
 def test_a_run_that_cannot_be_written_is_not_trained_again(train, every_epoch, monkeypatch):
@@ -255,7 +280,7 @@ def test_facts_that_do_not_fit_are_damage(train, every_epoch):
         facts = json.loads(file.metadata()["facts"])
     for change in ({"best_epoch": 7}, {"best_epoch": "../1"}, {"history": [{}]}, {"history": 3}):
         place.mkdir(exist_ok=True)  # it went with what was damaged
-        save_file(tensors, path, {"facts": json.dumps({**facts, **change})})
+        save_file(tensors, path, {"facts": json.dumps({**facts, **change})})  # with the checksum that fits
         with claim(place.with_name("1111"), {}) as unfinished:
             assert unfinished.restore(None) is None  # type: ignore[arg-type]
             assert "is damaged" in unfinished.refused

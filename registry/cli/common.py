@@ -94,7 +94,7 @@ def _common(
 
 
 def interrupted() -> typer.Exit:
-    screen.err.print("interrupted; finished seeds are kept, and the same command goes on from there", highlight=False)
+    screen.tell("interrupted; finished seeds and kept epochs stay, and the same command goes on from there")
     return typer.Exit(130)
 
 

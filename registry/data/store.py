@@ -123,7 +123,7 @@ class Store:
             folders = [self.root / dataset] if dataset else sorted(self.root.iterdir())
             paths = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob(f"*{_SUFFIX}"))]
             return [_registered(path) for path in paths if path.is_file()]
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
         except OSError as error:
             raise InputError(f"the data folder {self.root} cannot be read: {error.strerror}") from None

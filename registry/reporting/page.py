@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..comparison import Comparison, collect
 from ..errors import InputError, unknown
 from ..forms import TABLE_STYLE, html_table
-from ..runs import Run, finished, require_file, write_file
+from ..runs import finished, require_file, write_file
 from ..side_by_side import of_interest, published_results
 from .clips import read_clips
 from .pictures import FORMATS, svg, write_pictures
@@ -69,7 +67,6 @@ def report(
     _check_places(page, folder, figure_format)
     tell("reading runs")
     comparison = collect(folders, reference, dataset=dataset, metrics=metrics, plugins=plugins)
-    _check_tables(run for row in comparison.ok for run in row.runs)
     results = of_interest(comparison, published_results(plugins)) if published else []
     if published and not results:
         warnings.warn(f"nothing is published of these models on {comparison.dataset}", stacklevel=2)
@@ -96,23 +93,6 @@ def _check_places(page: Path, folder: Path | None, form: str) -> None:
     for option, place in (("--out", page.parent), ("--figures", folder)):
         if place is not None and finished(place):
             raise InputError(f"{option} would write into {place}, the folder of a run, which stays as it is")
-
-
-_COLUMNS = {"predictions": ("label", "prediction"), "history": ("epoch", "valid_mae", "train_loss")}
-
-
-def _check_tables(runs: Iterable[Run]) -> None:
-    """See that the tables that are drawn hold numbers; one that somebody has edited may not."""
-    for run in runs:
-        for name, columns in _COLUMNS.items():
-            if name == "history" and run.best_epoch is None:
-                continue
-            table = run.table(name)
-            for column in columns:
-                if column not in table.select_dtypes("number"):
-                    raise InputError(f"the table {name!r} of {run.folder} has no numbers {column!r}")
-                if name == "predictions" and not np.isfinite(table[column]).all():
-                    raise InputError(f"the table {name!r} of {run.folder} has a {column} that is no finite number")
 
 
 def render(comparison: Comparison, sections: Sequence[Section], tell: Tell) -> str:

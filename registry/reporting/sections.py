@@ -56,8 +56,7 @@ def facts_of(comparison: Comparison) -> dict[str, str]:
     first = rows[0].runs[0]
     sizes = first.settings["data"].get("sizes", {})
     seeds = {tuple(row.seeds) for row in rows}
-    several = [row for row in rows if len(row.runs) > 1] or rows
-    best = min(several, key=lambda row: row.mean[PRIMARY])
+    best = min(rows, key=lambda row: row.mean[PRIMARY])
     spread = f" ± {best.std[PRIMARY]:.4f}" if best.std else ""
     runs = sum(len(row.runs) for row in rows)
     facts = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from registry.data import cache, feature_file, safe_pickle
+from registry.data import cache, checks, feature_file, mapped, safe_pickle
 from registry.data.feature_file import read_feature_file
 from tests.helpers import feature_file as write_feature_file
 from tests.helpers import tiny_encoder
@@ -31,7 +31,18 @@ def instrumented() -> Iterator[Any]:
 
     from registry import checkpoints, config, runs
 
-    for module in (cache, feature_file, safe_pickle, checkpoints, config, runs, tomllib._parser, json.decoder):
+    for module in (
+        cache,
+        checks,
+        feature_file,
+        mapped,
+        safe_pickle,
+        checkpoints,
+        config,
+        runs,
+        tomllib._parser,
+        json.decoder,
+    ):
         yield from (f for _, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__)
         for _, kind in inspect.getmembers(module, inspect.isclass):
             if kind.__module__ == module.__name__:
@@ -169,7 +180,7 @@ def kept(folder: Path) -> tuple[Reader, list[bytes]]:
         try:
             header = json.loads(data[8 : 8 + length])
             rest = header.pop("__metadata__")["content"]
-            header["__metadata__"] = {"content": rest, "digest": cache._digest(header, rest, key)}
+            header["__metadata__"] = {"content": rest, "digest": mapped._digest(header, rest, key)}
             encoded = json.dumps(header).encode()
             data = len(encoded).to_bytes(8, "little") + encoded + data[8 + length :]
         except Exception:  # no header: it is read as it is
