@@ -376,7 +376,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     """Return the CRC-32 of tensors in the order of their names: a disk may give back other bits than it was given."""
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), found)
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, found)
     return found
 
 

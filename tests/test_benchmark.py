@@ -232,7 +232,7 @@ def test_a_gpu_that_is_too_small_is_asked_for_less(quick, tmp_path, monkeypatch)
     result = quick(watcher=notes, **given)
     assert tried == [(True, True), (False, True), (False, False), (False, False)]  # the second seed begins there
     assert [note for note in notes.notes if "memory" in note] == [
-        f"mean, seed 1: the GPU's memory ran out; this seed, anew, and those after it are trained {way}"
+        f"mean, seed 1: the GPU's memory ran out; it and the seeds after it are trained {way}"
         for way in ("without recorded steps", "without recorded steps, one micro-batch at a time")
     ]
     for run in result.runs:

@@ -238,7 +238,7 @@ def test_names_that_are_not_there(self_mm, tmp_path):
         registry.predict(found, data, split="tset")
     with pytest.raises(InputError, match=r"absent\.pkl does not exist"):
         registry.predict(found, tmp_path / "absent.pkl")
-    with pytest.raises(InputError, match="needs a feature file: its dataset 'custom' makes no data"):
+    with pytest.raises(InputError, match="needs a feature file: that which it was trained on is not registered"):
         registry.predict(found)
 
 
