@@ -221,7 +221,7 @@ def claim(run: Path, made_of: Mapping[str, Any], *, again: bool = False) -> Iter
 
     Raises:
         Busy: another process has it.
-        InputError: it cannot be written.
+        InputError: it cannot be written, or is a link.
     """
     folder = place_of(run)
     lock = FileLock(folder / "lock")
@@ -243,7 +243,7 @@ def claim(run: Path, made_of: Mapping[str, Any], *, again: bool = False) -> Iter
         _sweep(run)
         yield Unfinished(folder, {"format": FORMAT, **made_of}, again)
     finally:
-        if {path.name for path in folder.iterdir()} <= {"lock"}:
+        if {path.name for path in folder.glob("*")} <= {"lock"}:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # those that this made and nothing has come into
                 for path in made[1:]:
