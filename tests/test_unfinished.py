@@ -324,11 +324,11 @@ def kill_at_random(command: list[str], kills: int, draw: random.Random, longest:
     return hits
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random(tmp_path, encoder, kills):
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 240, marks=pytest.mark.slow)])
+def test_killed_at_random(tmp_path, encoder, kills, epochs):
     data = feature_file(tmp_path, sizes={"train": 400, "valid": 40, "test": 40})
     options = ["-m", "self_mm", "-d", "custom", "--label-range", "3", "--text-encoder", encoder, "--data", str(data)]
-    settings = ["--set", "batch_size=4", "--set", "early_stop=99", "--epochs", str(4 * kills), "--device", "cpu"]
+    settings = ["--set", "batch_size=4", "--set", f"early_stop={epochs}", "--epochs", str(epochs), "--device", "cpu"]
     command = [sys.executable, "-c", "from registry.cli import main; main()", "run", *options, *settings]
 
     def run_in(name: str) -> list[str]:
