@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .benchmark import checked_seeds
+from .comparison import check_metrics
 from .contract import MODALITIES
 from .data.absence import Part, Rules, lose_modalities, lose_steps
 from .errors import InputError, unknown
@@ -154,7 +155,8 @@ def evaluate_missing(
     chosen = _checked_modalities(modalities, first, kind)
     settings = first.run.settings
     family = settings["data"]["metrics"]
-    wanted = _checked_metrics(metrics, family)
+    check_metrics(metrics, family)
+    wanted = list(dict.fromkeys(metrics)) or names_of(family)
     clips = first.read(data, data_root)
     part = _test_of(clips, first)
     if clips.file.sha256 != settings["data"]["sha256"]:
@@ -192,14 +194,6 @@ def _checked_modalities(given: Sequence[str], predictor: Predictor, kind: str) -
     if kind == "modality" and len(reads) == 1:
         raise InputError(f"{predictor.name} reads {reads[0]} only, of which kind 'modality' leaves all: take 'steps'")
     return tuple(name for name in MODALITIES if name in (given or reads))
-
-
-def _checked_metrics(wanted: Sequence[str], family: Literal["mosi", "sims"]) -> list[str]:
-    known = names_of(family)
-    for name in wanted:
-        if name not in known:
-            raise InputError(unknown("metric", name, known))
-    return list(dict.fromkeys(wanted)) or known
 
 
 def _test_of(clips: Clips, predictor: Predictor) -> Part:

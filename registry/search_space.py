@@ -64,11 +64,6 @@ class Dimension:
             return is_number and self.values.low <= value <= self.values.high
         return self.stored(value) in map(self.stored, self.values)
 
-    @property
-    def is_range(self) -> bool:
-        """Whether it has no list of values."""
-        return isinstance(self.values, Range)
-
     def extremes(self) -> tuple[Any, ...]:
         """Return the values that must be right for all to be."""
         return (self.values.low, self.values.high) if isinstance(self.values, Range) else self.values

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .benchmark import checked_seeds, find_device
+from .contract import Range
 from .errors import BenchmarkError, InputError, unknown
 from .jobs import Job, make_plan
 from .plugins import NAME
@@ -242,7 +243,7 @@ def tune(
 
 
 def _check_grid(space: Mapping[str, Dimension]) -> None:
-    if ranges := [key for key, dimension in space.items() if dimension.is_range]:
+    if ranges := [key for key, dimension in space.items() if isinstance(dimension.values, Range)]:
         raise InputError(f"--sampler grid takes lists of values, and {ranges[0]} has a range")
     points = math.prod(len(dimension.extremes()) for dimension in space.values())
     if points > MOST_POINTS:

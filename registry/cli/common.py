@@ -74,6 +74,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Metrics = Annotated[str | None, typer.Option(help="Metrics to show besides MAE, with commas between; all by default.")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file, not to the terminal.")]
+Published = Annotated[bool, typer.Option("--published", help="Add what others have published of these models.")]
+Reference = Annotated[str | None, typer.Option(help="The row that the others are compared with; the first by default.")]
+OfDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Whose runs are meant, of several.")]
 
 
 def _print_version(wanted: bool) -> None:

@@ -26,9 +26,12 @@ from .common import (
     Graph,
     LabelRange,
     Metrics,
+    OfDataset,
     OutFile,
     Plugin,
     Precision,
+    Published,
+    Reference,
     RunsFolder,
     Seeds,
     TextFeatures,
@@ -59,7 +62,6 @@ Format = Annotated[
         "--format", "-f", help="table, markdown, latex, html, csv or json; table, or what --out ends in, by default."
     ),
 ]
-Published = Annotated[bool, typer.Option("--published", help="Add what others have published of these models.")]
 
 
 @app.command()
@@ -156,10 +158,8 @@ def compare(
 @app.command()
 def table(
     folders: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Run folders, or folders above them.")],
-    reference: Annotated[
-        str | None, typer.Option(help="The row that the others are compared with; the first by default.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Whose runs are meant, of several.")] = None,
+    reference: Reference = None,
+    dataset: OfDataset = None,
     metrics: Metrics = None,
     published: Published = False,
     form: Format = None,

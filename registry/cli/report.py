@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from . import screen
-from .common import DataRoot, Debug, Metrics, Plugin, app
+from .common import DataRoot, Debug, Metrics, OfDataset, Plugin, Published, Reference, app, names_of
 
 
 @app.command()
@@ -18,14 +18,10 @@ def report(
     target: Annotated[Path, typer.Option("--out", "-o", help="The page; what is there is replaced.")] = Path(
         "report.html"
     ),
-    reference: Annotated[
-        str | None, typer.Option(help="The row that the others are compared with; the first by default.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Whose runs are meant, of several.")] = None,
+    reference: Reference = None,
+    dataset: OfDataset = None,
     metrics: Metrics = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Add what others have published of these models.")
-    ] = False,
+    published: Published = False,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -50,7 +46,7 @@ def report(
             target,
             reference=reference,
             dataset=dataset,
-            metrics=[name.strip() for name in (metrics or "").split(",") if name.strip()],
+            metrics=names_of(metrics),
             published=published,
             data=data,
             data_root=data_root,
